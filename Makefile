@@ -1,0 +1,38 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+BIN := .venv/bin
+LOCK := requirements/cpu.lock
+
+.PHONY: help setup check test lock clean
+
+help: ## List the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/.installed ## Make .venv from the lock
+
+.venv/.installed: $(LOCK) pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r $(LOCK)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+check: setup ## Lint, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check ## Check, then run the tests
+	$(BIN)/python -m pytest
+
+# A resolver run, nothing is installed.
+lock: setup ## Resolve requirements/cpu.lock and gpu.lock anew
+	$(BIN)/pip install --quiet --dry-run --ignore-installed --report - '.[demo,dev]' \
+		| $(BIN)/python requirements/lock.py > requirements/cpu.lock.new
+	$(BIN)/pip install --quiet --dry-run --ignore-installed --report - '.[demo,dev,gpu]' \
+		| $(BIN)/python requirements/lock.py > requirements/gpu.lock.new
+	mv requirements/cpu.lock.new requirements/cpu.lock
+	mv requirements/gpu.lock.new requirements/gpu.lock
+
+clean: ## Remove what setup and the tests made
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info build

@@ -1,0 +1,1 @@
+"""What work is done: one verb a module. Knows nothing of HTTP."""
