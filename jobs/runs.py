@@ -1,0 +1,130 @@
+"""A run's folder: what was done so far, written so that a killed driver loses no finished step."""
+
+import json
+import os
+import secrets
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+class RunError(ValueError):
+    """A run was named that isn't there, or isn't this pipeline's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a finished step did.
+
+    Attributes:
+        name: The step.
+        seconds: Wall time.
+        rows_in: Rows read.
+        rows_out: Rows left behind.
+        engine: What ran it, such as `polars-streaming`.
+        device: `cpu` or `cuda`.
+        detail: What else the report shows, as JSON values.
+    """
+
+    name: str
+    seconds: float
+    rows_in: int
+    rows_out: int
+    engine: str
+    device: str
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run and the steps that it finished. Changes go through `do` and `end`."""
+
+    folder: Path
+    run_id: str
+    pipeline: str
+    seed: int
+    git_revision: str
+    status: str = "running"
+    steps: tuple[Step, ...] = ()
+
+    def do(self, name: str, work: Callable[[], Step]) -> "Run":
+        """Do a step, unless this run finished it before, and write that down.
+
+        Args:
+            name: The step's name.
+            work: Does it; called at most once.
+
+        Returns:
+            The run with the step in it.
+        """
+        if any(step.name == name for step in self.steps):
+            return self
+        return self._save(steps=(*self.steps, work()))
+
+    def end(self, status: str) -> "Run":
+        """Write the run's outcome: `finished`, `failed` or `interrupted`."""
+        return self._save(status=status)
+
+    def _save(self, **changes: Any) -> "Run":
+        run = replace(self, **changes)
+        content = asdict(run)
+        del content["folder"]
+        # Written aside and renamed, so that a reader sees the old file or the new one, whole.
+        aside = self.folder / f"summary.json.{os.getpid()}"
+        aside.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        aside.replace(self.folder / "summary.json")
+        return run
+
+
+def start(root: Path, *, pipeline: str, seed: int) -> Run:
+    """Make a new run's folder below `root`.
+
+    Raises:
+        OSError: The folder can't be written.
+    """
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    folder = root / run_id
+    folder.mkdir(parents=True)
+    run = Run(
+        folder=folder, run_id=run_id, pipeline=pipeline, seed=seed, git_revision=_git_revision()
+    )
+    return run._save()
+
+
+def resume(root: Path, run_id: str, *, pipeline: str, seed: int) -> Run:
+    """Take up a run where it stopped.
+
+    Raises:
+        RunError: There is no such run, or it is another pipeline's or seed's.
+    """
+    file = root / run_id / "summary.json"
+    if not file.is_file():
+        there = sorted(path.parent.name for path in root.glob("*/summary.json"))
+        raise RunError(f"no run {run_id!r} in {root}. There are: {', '.join(there) or 'none'}")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for name, wanted in (("pipeline", pipeline), ("seed", seed)):
+        if content[name] != wanted:
+            raise RunError(
+                f"run {run_id!r} has {name} {content[name]!r}, and {wanted!r} was asked for: "
+                "resume it with its own, or start a new run"
+            )
+    steps = tuple(Step(**step) for step in content.pop("steps"))
+    content["status"] = "running"
+    return Run(folder=file.parent, steps=steps, **content)._save()
+
+
+def _git_revision() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
