@@ -1,0 +1,169 @@
+"""Turns a feature table into the float32 matrix that every model family takes.
+
+Knows nothing of models: it fixes the columns, their order and their codes, so that a row
+served alone gets the numbers it had in training.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+
+class EncodingError(ValueError):
+    """A frame, or a stored encoder, doesn't fit; the message names the column and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """How one feature becomes a number.
+
+    Attributes:
+        name: The column's name in the frame.
+        kind: "number", "boolean" or "string".
+        values: For a string column its known values, sorted; a value's code is its position.
+    """
+
+    name: str
+    kind: str
+    values: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Columns in the order of the matrix; made by `fit` or `from_json`."""
+
+    columns: tuple[Column, ...]
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of the matrix's columns, in order."""
+        return tuple(column.name for column in self.columns)
+
+    @classmethod
+    def fit(cls, frame: pl.DataFrame, features: Sequence[str]) -> "Encoder":
+        """Learns each feature's kind and, for strings, its codes.
+
+        Args:
+            frame: Training rows.
+            features: Columns to encode, in the order of the matrix.
+
+        Raises:
+            EncodingError: A feature is absent, named twice, or of a type with no encoding.
+        """
+        if not features:
+            raise EncodingError("features is empty; name at least one column of the frame")
+        repeated = sorted({name for name in features if list(features).count(name) > 1})
+        if repeated:
+            raise EncodingError(f"features named more than once: {repeated}; name each one once")
+        _require_columns(frame, features)
+        columns = []
+        for name in features:
+            kind = _kind(frame.schema[name])
+            if kind is None:
+                raise EncodingError(
+                    f"column {name!r} has type {frame.schema[name]}; allowed are numbers, "
+                    "strings and booleans: cast it, or leave it out of the features"
+                )
+            values: tuple[str, ...] = ()
+            if kind == "string":
+                # Sorted in Python, so that the order is by code point whatever the dtype.
+                values = tuple(sorted(frame[name].cast(pl.String).drop_nulls().unique()))
+            columns.append(Column(name=name, kind=kind, values=values))
+        return cls(columns=tuple(columns))
+
+    def transform(self, frame: pl.DataFrame) -> np.ndarray:
+        """Encodes rows; null, and a string not seen in `fit`, become NaN.
+
+        Integers past 2**24 are rounded to the nearest float32.
+
+        Args:
+            frame: Rows with at least the encoder's columns; others are ignored.
+
+        Returns:
+            (n, p) float32, C-contiguous.
+
+        Raises:
+            EncodingError: A column is absent or of another kind than in `fit`.
+        """
+        _require_columns(frame, self.feature_names)
+        x_np = np.empty((frame.height, len(self.columns)), dtype=np.float32)
+        for position, column in enumerate(self.columns):
+            series = frame[column.name]
+            # A batch whose values are all missing arrives with polars' Null type.
+            if series.dtype == pl.Null:
+                x_np[:, position] = np.nan
+                continue
+            if _kind(series.dtype) != column.kind:
+                raise EncodingError(
+                    f"column {column.name!r} has type {series.dtype}, but was a {column.kind} "
+                    f"in training; cast it to a {column.kind}, or fit the encoder again"
+                )
+            if column.kind == "string":
+                series = series.cast(pl.String).replace_strict(
+                    list(column.values),
+                    list(range(len(column.values))),
+                    default=None,
+                    return_dtype=pl.Float32,
+                )
+            x_np[:, position] = series.cast(pl.Float32).fill_null(float("nan")).to_numpy()
+        return x_np
+
+    def to_json(self) -> str:
+        """The encoder as JSON text, the same text for equal encoders."""
+        return json.dumps(
+            {
+                "columns": [
+                    {"name": column.name, "kind": column.kind, "values": list(column.values)}
+                    for column in self.columns
+                ]
+            },
+            ensure_ascii=False,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Encoder":
+        """The encoder that `to_json` wrote.
+
+        Raises:
+            EncodingError: The text isn't what `to_json` writes.
+        """
+        try:
+            stored: dict[str, Any] = json.loads(text)
+            return cls(
+                columns=tuple(
+                    Column(name=column["name"], kind=column["kind"], values=tuple(column["values"]))
+                    for column in stored["columns"]
+                )
+            )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise EncodingError(
+                f"not a stored encoder ({error!r}): {text[:80]!r}; give the text of "
+                "Encoder.to_json, or fit a new one"
+            ) from error
+
+
+def _kind(dtype: pl.DataType) -> str | None:
+    if dtype == pl.Boolean:
+        return "boolean"
+    if dtype.is_numeric():
+        return "number"
+    if dtype in (pl.String, pl.Categorical, pl.Enum):
+        return "string"
+    return None
+
+
+def _require_columns(frame: pl.DataFrame, names: Sequence[str]) -> None:
+    missing = [name for name in names if name not in frame.columns]
+    if not missing:
+        return
+    close = {name: difflib.get_close_matches(name, frame.columns, n=1) for name in missing}
+    hints = [f"{name!r}: did you mean {found[0]!r}?" for name, found in close.items() if found]
+    raise EncodingError(
+        f"columns not found: {missing}; the frame has {frame.columns}; "
+        + ("; ".join(hints) if hints else "add them, or leave them out of the features")
+    )

@@ -1,0 +1,294 @@
+"""Small neural networks (MLP): K of one shape train as one batched product.
+
+A network of a few thousand weights leaves most of a step to overhead; stacked along a leading
+axis K, the pack pays that overhead once. All see the same batches in the same order, and each
+keeps its own learning rate, weight decay and seed.
+
+Suffixes: K networks, B rows of a batch, I and O inputs and outputs of a layer.
+"""
+
+import itertools
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from models.families import (
+    FREE,
+    Fitted,
+    TrainingData,
+    Variant,
+    VariantError,
+    alike,
+    completed,
+    require_at_least,
+)
+
+DEFAULTS: dict[str, Any] = {
+    "width": 32,
+    "depth": 2,
+    "epochs": 10,
+    "batch_rows": 256,
+    "order_seed": 0,
+    "learning_rate": 0.003,
+    "weight_decay": 0.01,
+    "seed": 0,
+}
+
+
+def fit_pack(
+    variants: Sequence[Variant], data: TrainingData, *, accelerator: str = "cpu"
+) -> list[Fitted]:
+    """Trains each variant, equal to training it alone up to float32 rounding.
+
+    Args:
+        variants: Settings out of `DEFAULTS`; "seed" draws the first weights, "order_seed" the
+            order of the rows, "depth" counts hidden layers.
+        data: Rows to train on and to score.
+        accelerator: Lightning's name of the device, "cpu" or "gpu".
+
+    Returns:
+        One `Fitted` a variant, in their order; `predict` runs in numpy on the CPU.
+
+    Raises:
+        VariantError: A setting isn't known or out of range.
+    """
+    settings = [completed("network", variant, DEFAULTS) for variant in variants]
+    for each in settings:
+        require_at_least("network", each, ("width", "depth", "epochs", "batch_rows"), 1)
+        require_at_least("network", each, ("weight_decay", "seed", "order_seed"), 0)
+        if each["learning_rate"] <= 0:
+            raise VariantError(
+                f"setting 'learning_rate' of 'network' is {each['learning_rate']!r}; "
+                "give a number above 0"
+            )
+    if not settings:
+        return []
+    scaling = _scaling(data.x_train)
+    x_train = _scaled(scaling, data.x_train)
+
+    fitted: dict[int, Fitted] = {}
+    for places in alike(settings, FREE["network"]):
+        started = time.perf_counter()
+        layers = _train([settings[place] for place in places], x_train, data.y_train, accelerator)
+        training_s = time.perf_counter() - started
+        for k, place in enumerate(places):
+            started = time.perf_counter()
+            # Copied, so that a pickled variant doesn't carry the whole pack.
+            own = tuple((w_kio[k].copy(), b_k1o[k].copy()) for w_kio, b_k1o in layers)
+            predict = partial(_predict, scaling, own)
+            scores = predict(data.x_valid)
+            fitted[place] = Fitted(
+                variant=dict(variants[place]),
+                valid_scores=scores,
+                seconds=training_s / len(places) + time.perf_counter() - started,
+                predict=predict,
+            )
+    return [fitted[place] for place in range(len(settings))]
+
+
+def _train(
+    settings: Sequence[dict[str, Any]], x: np.ndarray, y: np.ndarray, accelerator: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Weights (K, I, O) and biases (K, 1, O) of each layer, float32."""
+    import pytorch_lightning
+    import torch
+
+    shape = settings[0]
+    sizes = [x.shape[1], *[shape["width"]] * shape["depth"], 1]
+
+    class Pack(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            drawn = [_first_weights(each["seed"], sizes) for each in settings]
+            self.weights = torch.nn.ParameterList(
+                torch.stack([torch.from_numpy(net[at][0]) for net in drawn])
+                for at in range(len(sizes) - 1)
+            )
+            self.biases = torch.nn.ParameterList(
+                torch.stack([torch.from_numpy(net[at][1]) for net in drawn])
+                for at in range(len(sizes) - 1)
+            )
+
+        def forward(self, x_bi: Any) -> Any:
+            h_kbi = x_bi.expand(len(settings), -1, -1)
+            for at, (w_kio, b_k1o) in enumerate(zip(self.weights, self.biases, strict=True)):
+                h_kbi = torch.baddbmm(b_k1o, h_kbi if at == 0 else torch.relu(h_kbi), w_kio)
+            return h_kbi[:, :, 0]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x_bi, y_b = batch
+            logits_kb = self(x_bi)
+            losses_kb = torch.nn.functional.binary_cross_entropy_with_logits(
+                logits_kb, y_b.expand_as(logits_kb), reduction="none"
+            )
+            # Mean over rows, sum over networks: each one's gradient is that of its own loss.
+            return losses_kb.mean(dim=1).sum()
+
+        def configure_optimizers(self) -> Any:
+            return _stacked_adamw(
+                list(self.parameters()),
+                [each["learning_rate"] for each in settings],
+                [each["weight_decay"] for each in settings],
+            )
+
+    batches = _Batches(x, y, shape["batch_rows"], shape["order_seed"])
+    with _quiet_lightning(), _one_thread():
+        trainer = pytorch_lightning.Trainer(
+            accelerator=accelerator,
+            devices=1,
+            max_epochs=shape["epochs"],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        pack = Pack()
+        trainer.fit(pack, train_dataloaders=batches)
+    return [
+        (w_kio.detach().cpu().numpy(), b_k1o.detach().cpu().numpy())
+        for w_kio, b_k1o in zip(pack.weights, pack.biases, strict=True)
+    ]
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Silences what Lightning says at every fit and no one can act on."""
+    # By `info`, the devices found and that the last epoch was reached.
+    talk = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    level = talk.level
+    talk.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # Lightning 2.6 calls a torch class that torch 2.13 deprecates.
+            warnings.filterwarnings(
+                "ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning
+            )
+            # The caller chose the CPU on a machine with a GPU.
+            warnings.filterwarnings("ignore", message="GPU available but not used")
+            yield
+    finally:
+        talk.setLevel(level)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps torch to the one CPU that a worker has; layers this small gain nothing from more."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Batches:
+    """Shuffled batches, in an order that only the seed and the epoch decide.
+
+    Not a DataLoader: the rows are in memory already, so workers would only add copies.
+    """
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, rows: int, seed: int) -> None:
+        import torch
+
+        self._x = torch.from_numpy(x)
+        self._y = torch.from_numpy(y.astype(np.float32))
+        self._rows = rows
+        self._order = np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        return -(-len(self._y) // self._rows)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        order = self._order.permutation(len(self._y))
+        for at in range(0, len(order), self._rows):
+            chosen = order[at : at + self._rows]
+            yield self._x[chosen], self._y[chosen]
+
+
+def _stacked_adamw(
+    parameters: list[Any], learning_rates: Sequence[float], weight_decays: Sequence[float]
+) -> Any:
+    """AdamW over parameters (K, ., .), with a learning rate and a weight decay for each k."""
+    import torch
+
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+
+    class StackedAdamW(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            super().__init__(parameters, {})
+            device = parameters[0].device
+            self._rate_k11 = torch.tensor(learning_rates, device=device).view(-1, 1, 1)
+            decay_k11 = torch.tensor(weight_decays, device=device).view(-1, 1, 1)
+            self._keep_k11 = 1 - self._rate_k11 * decay_k11
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            with torch.enable_grad():
+                loss = closure() if closure is not None else None
+            for parameter in self.param_groups[0]["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["steps"] = 0
+                    state["mean"] = torch.zeros_like(parameter)
+                    state["square"] = torch.zeros_like(parameter)
+                state["steps"] += 1
+                gradient = parameter.grad
+                state["mean"].lerp_(gradient, 1 - beta1)
+                state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                scale = state["square"].sqrt() / (1 - beta2 ** state["steps"]) ** 0.5 + eps
+                mean = state["mean"] / (1 - beta1 ** state["steps"])
+                parameter.mul_(self._keep_k11).sub_(self._rate_k11 * mean / scale)
+            return loss
+
+    return StackedAdamW()
+
+
+def _first_weights(seed: int, sizes: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Weights (I, O) by He's rule and zero biases (1, O), drawn from this seed only."""
+    draws = np.random.default_rng(seed)
+    return [
+        (
+            (draws.standard_normal((i, o)) * np.sqrt(2 / i)).astype(np.float32),
+            np.zeros((1, o), dtype=np.float32),
+        )
+        for i, o in itertools.pairwise(sizes)
+    ]
+
+
+def _scaling(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean (p,), spread (p,) and the positions of features with a missing value."""
+    present = ~np.isnan(x)
+    counts = np.maximum(present.sum(axis=0), 1)
+    filled = np.where(present, x, 0).astype(np.float64)
+    mean = filled.sum(axis=0) / counts
+    spread = np.sqrt((np.where(present, filled - mean, 0) ** 2).sum(axis=0) / counts)
+    return mean, np.where(spread > 0, spread, 1.0), np.flatnonzero(~present.all(axis=0))
+
+
+def _scaled(scaling: tuple[np.ndarray, np.ndarray, np.ndarray], x: np.ndarray) -> np.ndarray:
+    """Standardised features, missing at the mean, then an indicator a gappy feature; float32."""
+    mean, spread, gappy = scaling
+    missing = np.isnan(x)
+    standard = np.where(missing, 0.0, (x - mean) / spread)
+    return np.hstack([standard, missing[:, gappy]]).astype(np.float32)
+
+
+def _predict(
+    scaling: tuple[np.ndarray, np.ndarray, np.ndarray],
+    layers: Sequence[tuple[np.ndarray, np.ndarray]],
+    x: np.ndarray,
+) -> np.ndarray:
+    h = _scaled(scaling, x)
+    for at, (w_io, b_1o) in enumerate(layers):
+        h = (h if at == 0 else np.maximum(h, 0)) @ w_io + b_1o
+    # tanh, because exp overflows (with a warning) on a far negative logit.
+    scores: np.ndarray = 0.5 * (1 + np.tanh(0.5 * h[:, 0].astype(np.float64)))
+    return scores

@@ -1,0 +1,162 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from models import boosting, forest, metrics, network
+from models.families import (
+    FAMILIES,
+    TrainingData,
+    TrainingDataError,
+    VariantError,
+    packs,
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    draws = np.random.default_rng(7)
+    x = draws.standard_normal((3000, 10)).astype(np.float32)
+    logit = x[:, 0] + x[:, 1] * x[:, 2] - 0.5 * x[:, 3]
+    y = (draws.random(3000) < 1 / (1 + np.exp(-2 * logit))).astype(np.int8)
+    x[draws.random(x.shape) < 0.05] = np.nan
+    x[:, 9] = draws.standard_normal(3000)  # One feature without gaps.
+    return TrainingData(x_train=x[:2000], y_train=y[:2000], x_valid=x[2000:], y_valid=y[2000:])
+
+
+@pytest.mark.parametrize(
+    "shared", [{"seed": 3}, {"row_share": 0.7, "feature_share": 0.5, "seed": 5}]
+)
+def test_boosters_in_a_pack_are_bit_identical_to_alone(data, shared):
+    variants = [{"family": "boosting", "rounds": rounds, **shared} for rounds in (20, 5, 40)]
+    for variant, packed in zip(variants, boosting.fit_pack(variants, data), strict=True):
+        (alone,) = boosting.fit_pack([variant], data)
+        assert packed.variant == variant
+        np.testing.assert_array_equal(packed.valid_scores, alone.valid_scores)
+        np.testing.assert_array_equal(packed.predict(data.x_train), alone.predict(data.x_train))
+
+
+def test_forests_in_a_pack_equal_forests_alone(data):
+    variants = [{"trees": trees, "depth": 6, "seed": 11} for trees in (10, 3, 25)]
+    for variant, packed in zip(variants, forest.fit_pack(variants, data), strict=True):
+        (alone,) = forest.fit_pack([variant], data)
+        np.testing.assert_array_equal(packed.valid_scores, alone.valid_scores)
+
+
+def test_forest_factory_without_trees_to_show_is_trained_per_size(data):
+    class Opaque:
+        def __init__(self, **settings):
+            self._forest = forest.sklearn_forest(**settings)
+
+        def fit(self, x, y):
+            assert not np.isnan(x).any()
+            self._forest.fit(x, y)
+
+        def predict_proba(self, x):
+            return self._forest.predict_proba(x)
+
+    variants = [{"trees": 3, "depth": 4}, {"trees": 6, "depth": 4}]
+    opaque = forest.fit_pack(variants, data, factory=Opaque)
+    for one, other in zip(opaque, forest.fit_pack(variants, data), strict=True):
+        np.testing.assert_array_equal(one.valid_scores, other.valid_scores)
+
+
+def test_networks_in_a_pack_equal_networks_alone(data):
+    variants = [
+        {"epochs": 4, "learning_rate": rate, "weight_decay": decay, "seed": seed}
+        for rate, decay, seed in ((0.001, 0.0, 1), (0.01, 0.1, 2), (0.003, 0.01, 1))
+    ]
+    together = network.fit_pack(variants, data)
+    for variant, packed in zip(variants, together, strict=True):
+        (alone,) = network.fit_pack([variant], data)
+        np.testing.assert_allclose(packed.valid_scores, alone.valid_scores, atol=1e-3)
+        assert metrics.auc(data.y_valid, packed.valid_scores) == pytest.approx(
+            metrics.auc(data.y_valid, alone.valid_scores), abs=1e-4
+        )
+    assert np.abs(together[0].valid_scores - together[2].valid_scores).max() > 0.01
+
+
+def test_network_equals_plain_torch_with_adamw(data):
+    """One batch an epoch, so that the order of rows doesn't matter, without gaps in the data."""
+    whole = TrainingData(
+        x_train=np.nan_to_num(data.x_train),
+        y_train=data.y_train,
+        x_valid=np.nan_to_num(data.x_valid),
+        y_valid=data.y_valid,
+    )
+    variant = {"epochs": 30, "batch_rows": 2000, "learning_rate": 0.02, "weight_decay": 0.5}
+    (ours,) = network.fit_pack([{**variant, "width": 8, "depth": 1, "seed": 4}], whole)
+
+    draws = np.random.default_rng(4)
+    hidden, out = torch.nn.Linear(10, 8), torch.nn.Linear(8, 1)
+    with torch.no_grad():
+        for layer in (hidden, out):
+            o, i = layer.weight.shape
+            drawn = draws.standard_normal((i, o)) * np.sqrt(2 / i)
+            layer.weight.copy_(torch.from_numpy(drawn.T))
+            layer.bias.zero_()
+    plain = torch.nn.Sequential(hidden, torch.nn.ReLU(), out)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.02, weight_decay=0.5)
+    mean, spread = whole.x_train.mean(axis=0), whole.x_train.std(axis=0)
+    x = torch.from_numpy((whole.x_train - mean) / spread)
+    y = torch.from_numpy(whole.y_train.astype(np.float32))
+    for _ in range(30):
+        optimizer.zero_grad()
+        torch.nn.functional.binary_cross_entropy_with_logits(plain(x)[:, 0], y).backward()
+        optimizer.step()
+    with torch.no_grad():
+        x_valid = torch.from_numpy((whole.x_valid - mean) / spread)
+        theirs = torch.sigmoid(plain(x_valid))[:, 0].numpy()
+    np.testing.assert_allclose(ours.valid_scores, theirs, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_learns_repeats_and_pickles(data, family):
+    variant = {"family": family, "seed": 2}
+    (first,) = FAMILIES[family]([variant], data)
+    (second,) = FAMILIES[family]([variant], data)
+    assert metrics.auc(data.y_valid, first.valid_scores) > 0.8
+    assert first.valid_scores.dtype == np.float64
+    assert first.valid_scores.shape == (1000,)
+    assert first.seconds > 0
+    np.testing.assert_array_equal(first.valid_scores, second.valid_scores)
+    loaded = pickle.loads(pickle.dumps(first))
+    np.testing.assert_array_equal(loaded.predict(data.x_valid), first.valid_scores)
+    assert FAMILIES[family]([], data) == []
+
+
+def test_packs_group_what_shares_work():
+    short, long = {"family": "boosting", "rounds": 5}, {"family": "boosting", "rounds": 50}
+    deep = {"family": "boosting", "rounds": 5, "depth": 9}
+    slow, fast = ({"family": "network", "learning_rate": rate} for rate in (0.001, 0.01))
+    wide = {"family": "network", "width": 64}
+    small = {"family": "forest", "trees": 5}
+    variants = [slow, short, deep, small, long, fast, wide]
+    assert packs(variants) == [[slow, fast], [short, long], [deep], [small], [wide]]
+    assert packs([short, long, short], largest=2) == [[short, long], [short]]
+    with pytest.raises(VariantError, match="family 'svm'"):
+        packs([{"family": "svm"}])
+
+
+def test_settings_are_refused_by_name(data):
+    with pytest.raises(VariantError, match=r"'round' isn't known.*did you mean 'rounds'"):
+        boosting.fit_pack([{"round": 5}], data)
+    with pytest.raises(VariantError, match="'trees' of 'forest' is 0; give 1 or more"):
+        forest.fit_pack([{"trees": 0}], data)
+    with pytest.raises(VariantError, match=r"'width' of 'network' is 8\.0; give a whole number"):
+        network.fit_pack([{"width": 8.0}], data)
+    with pytest.raises(VariantError, match="given to 'forest'"):
+        forest.fit_pack([{"family": "network"}], data)
+
+
+def test_training_data_is_checked():
+    x, y = np.zeros((4, 2), dtype=np.float32), np.array([0, 1, 0, 1], dtype=np.int8)
+    with pytest.raises(TrainingDataError, match="cast them"):
+        TrainingData(x_train=x.astype(float), y_train=y, x_valid=x, y_valid=y)
+    with pytest.raises(TrainingDataError, match="rows of both classes"):
+        TrainingData(x_train=x, y_train=np.zeros(4, dtype=np.int8), x_valid=x, y_valid=y)
+    with pytest.raises(TrainingDataError, match=r"infinite in columns \[1\]"):
+        bad = x.copy()
+        bad[0, 1] = np.inf
+        TrainingData(x_train=bad, y_train=y, x_valid=x, y_valid=y)
