@@ -1,0 +1,180 @@
+"""Versioned tables on Delta Lake: one directory a table, one atomic commit a write.
+
+Knows nothing of what the columns mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+PART = "_part"
+ROWS_PER_PARTITION = 1_000_000
+
+
+class StorageError(OSError):
+    """A table can't be read or written; the message names the table and what to do."""
+
+
+def partitions(rows: int) -> int:
+    """The number of partitions for `rows`: a power of two, at least 1, about 1M rows each."""
+    return 1 << max(0, (max(rows, 1) - 1) // ROWS_PER_PARTITION).bit_length()
+
+
+def stable_hash(entity: str, dtype: pl.DataType | type[pl.DataType]) -> pl.Expr:
+    """The 64-bit hash of a column, the same in every version of Polars.
+
+    Integers go through splitmix64's finaliser in wrapping arithmetic. Anything else is taken as
+    text and hashed once a distinct value with blake2b. Null hashes to 0.
+
+    Args:
+        entity: The column's name.
+        dtype: Its data type; every integer width hashes equal values alike.
+
+    Returns:
+        An expression of uint64.
+    """
+    if not dtype.is_integer():
+        return pl.col(entity).cast(pl.String).map_batches(_hash_text, return_dtype=pl.UInt64)
+    value = pl.col(entity)
+    if dtype.is_signed_integer():
+        value = value.cast(pl.Int64).reinterpret(signed=False)
+    value = value.cast(pl.UInt64)
+
+    def literal(number: int) -> pl.Expr:
+        return pl.lit(number, dtype=pl.UInt64)
+
+    # Polars has no shift: x >> k is a floor division by 2**k.
+    value = value + literal(0x9E3779B97F4A7C15)
+    value = (value ^ (value // literal(1 << 30))) * literal(0xBF58476D1CE4E5B9)
+    value = (value ^ (value // literal(1 << 27))) * literal(0x94D049BB133111EB)
+    return (value ^ (value // literal(1 << 31))).fill_null(0)
+
+
+def _hash_text(values: pl.Series) -> pl.Series:
+    from hashlib import blake2b
+
+    distinct = values.drop_nulls().unique()
+    hashes = [
+        int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+        for text in distinct
+    ]
+    mapped = values.replace_strict(
+        distinct, pl.Series(hashes, dtype=pl.UInt64), default=None, return_dtype=pl.UInt64
+    )
+    return mapped.fill_null(0)
+
+
+def with_partition(frame: pl.LazyFrame, entity: str | None, count: int) -> pl.LazyFrame:
+    """Add `_part` (int32): the entity's partition out of `count`, or 0 without an entity."""
+    if entity is None:
+        return frame.with_columns(pl.lit(0, dtype=pl.Int32).alias(PART))
+    dtype = frame.select(entity).collect_schema()[entity]
+    part = stable_hash(entity, dtype) % pl.lit(count, dtype=pl.UInt64)
+    return frame.with_columns(part.cast(pl.Int32).alias(PART))
+
+
+def _uri(root: str | Path, name: str) -> str:
+    return f"{str(root).rstrip('/')}/{name}"
+
+
+def exists(root: str | Path, name: str) -> bool:
+    """Whether `name` is a table under `root`."""
+    from deltalake import DeltaTable
+
+    try:
+        return DeltaTable.is_deltatable(_uri(root, name))
+    except Exception as error:
+        raise _unusable("read", root, name, error) from error
+
+
+def write(
+    root: str | Path,
+    name: str,
+    frame: pl.DataFrame | pl.LazyFrame,
+    *,
+    mode: Literal["append", "overwrite", "error"],
+    metadata: Mapping[str, str],
+) -> int:
+    """Write `frame` as one atomic commit, partitioned by `_part` where the frame has it.
+
+    Args:
+        root: Directory or object-store URL that holds the tables.
+        name: The table's name; may hold a slash.
+        frame: Any rows.
+        mode: "append" adds rows; "overwrite" replaces rows and schema; "error" refuses an
+            existing table.
+        metadata: Kept with the commit.
+
+    Returns:
+        The version that this commit made.
+
+    Raises:
+        StorageError: The storage can't be written.
+    """
+    from deltalake import CommitProperties, write_deltalake
+
+    rows = frame.collect(engine="streaming") if isinstance(frame, pl.LazyFrame) else frame
+    try:
+        write_deltalake(
+            _uri(root, name),
+            rows,
+            mode=mode,
+            schema_mode="overwrite" if mode == "overwrite" else None,
+            partition_by=[PART] if PART in rows.columns else None,
+            commit_properties=CommitProperties(custom_metadata=dict(metadata)),
+        )
+    except Exception as error:
+        raise _unusable("written", root, name, error) from error
+    return version(root, name)
+
+
+def scan(root: str | Path, name: str, version: int | None = None) -> pl.LazyFrame:
+    """The table's rows, lazily; the latest version, or the one named.
+
+    Raises:
+        StorageError: There is no such table or version.
+    """
+    try:
+        return pl.scan_delta(_uri(root, name), version=version)
+    except Exception as error:
+        raise _unusable("read", root, name, error) from error
+
+
+def version(root: str | Path, name: str) -> int:
+    """The latest version's number.
+
+    Raises:
+        StorageError: There is no such table.
+    """
+    from deltalake import DeltaTable
+
+    try:
+        return int(DeltaTable(_uri(root, name)).version())
+    except Exception as error:
+        raise _unusable("read", root, name, error) from error
+
+
+def metadata(root: str | Path, name: str) -> dict[str, str]:
+    """The custom metadata of the latest commit.
+
+    Raises:
+        StorageError: There is no such table.
+    """
+    from deltalake import DeltaTable
+
+    try:
+        commit = DeltaTable(_uri(root, name)).history(1)[0]
+    except Exception as error:
+        raise _unusable("read", root, name, error) from error
+    return {key: value for key, value in commit.items() if isinstance(value, str)}
+
+
+def _unusable(verb: str, root: str | Path, name: str, error: Exception) -> StorageError:
+    return StorageError(
+        f"table {name!r} under {str(root)!r} can't be {verb}: {error}; "
+        f"name a directory or object-store URL that exists and that this user may use"
+    )
