@@ -1,0 +1,365 @@
+"""A Dask cluster leased from Ray: its scheduler and workers are Ray actors.
+
+Ray owns the nodes, so both engines share the same CPUs and GPUs. A worker that dies is replaced
+and Dask redoes its work; a scheduler that dies ends the lease. Dask's own ports carry no
+authentication: the hosts' network must be private (an embedded one binds to the loopback).
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+
+class LeaseError(ValueError):
+    """The cluster can't give what was asked; the message names both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Size:
+    cpus: float
+    gpus: float
+    memory_bytes: int
+
+    def bundle(self) -> dict[str, float]:
+        asked = {"CPU": self.cpus, "GPU": self.gpus, "memory": float(self.memory_bytes)}
+        return {name: amount for name, amount in asked.items() if amount > 0}
+
+
+@dataclass(kw_only=True)
+class _Worker:
+    group: Any
+    index: int
+    actor: Any
+    ended: Any  # object ref: done when the worker has ended, however it did
+
+
+class Lease:
+    """A running Dask cluster; made by `lease`.
+
+    Attributes:
+        address: The Dask scheduler's address, `tcp://host:port`.
+        client: A `distributed.Client` of it (not Dask's default client).
+    """
+
+    def __init__(self, size: _Size, workers: int, placement_timeout_s: float) -> None:
+        self._size = size
+        self._timeout_s = placement_timeout_s
+        self._lock = threading.RLock()
+        self._closing = threading.Event()
+        self._workers: list[_Worker] = []
+        self._extra: list[Any] = []
+        self._scheduler: Any = None
+        self._watcher: threading.Thread | None = None
+        self.client: Any = None
+        self.address = ""
+        self._group = _place(size, workers, placement_timeout_s)
+        self._free = [(self._group, index) for index in range(workers)]
+
+    def _open(self) -> None:
+        import ray
+        from distributed import Client
+
+        # The scheduler shares the first worker's bundle: it mostly waits, and a CPU of its own
+        # would be one that computes nothing.
+        scheduler = _actor_classes()[0]
+        self._scheduler = scheduler.options(
+            num_cpus=0, scheduling_strategy=_strategy(self._group, 0)
+        ).remote()
+        self.address = ray.get(self._scheduler.start.remote())
+        client: Any = Client
+        self.client = client(self.address, set_as_default=False)
+        self._watcher = threading.Thread(target=self._watch, name="dask-lease", daemon=True)
+        self._watcher.start()
+        self.scale(len(self._free))
+
+    @property
+    def workers(self) -> int:
+        """How many workers the lease holds or is replacing."""
+        return len(self._workers)
+
+    def scale(self, workers: int) -> None:
+        """Adds or retires workers, and returns when they are there or gone.
+
+        Retired workers hand their results over first. The placement group of the lease's first
+        size stays reserved; workers beyond it are placed, and given back, one by one.
+
+        Args:
+            workers: How many to have, at least 1.
+
+        Raises:
+            LeaseError: `workers` is below 1, or the cluster has no room; nothing changes then.
+        """
+        if workers < 1:
+            raise LeaseError(f"workers={workers}: a lease holds at least 1; leave it to end it")
+        with self._lock:
+            missing = workers - len(self._workers) - len(self._free)
+            if missing > 0:
+                _check_room(self._size, missing, _resources()[1])
+            groups = _place_singly(self._size, max(0, missing), self._timeout_s)
+            self._extra += groups
+            self._free += [(group, 0) for group in groups]
+            while len(self._workers) < workers:
+                self._workers.append(self._start(*self._free.pop(0)))
+            retired = self._workers[workers:]
+            del self._workers[workers:]
+            for worker in retired:
+                self._retire(worker)
+        self._wait_for(workers)
+
+    def _wait_for(self, workers: int) -> None:
+        import ray
+
+        with self._lock:
+            current = list(self._workers)
+        # A worker that dies while it starts is the watcher's to replace.
+        with suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            ray.get([worker.actor.address.remote() for worker in current], timeout=self._timeout_s)
+        self.client.wait_for_workers(workers, timeout=self._timeout_s)
+
+    def _start(self, group: Any, index: int) -> _Worker:
+        threads = str(max(1, int(self._size.cpus)))
+        actor = (
+            _actor_classes()[1]
+            .options(
+                num_cpus=self._size.cpus,
+                num_gpus=self._size.gpus,
+                memory=self._size.memory_bytes or None,
+                scheduling_strategy=_strategy(group, index),
+                # One task at a time uses the whole worker; its libraries must not use more.
+                runtime_env={
+                    "env_vars": {"POLARS_MAX_THREADS": threads, "NUMBA_NUM_THREADS": threads}
+                },
+            )
+            .remote(self.address, self._size.memory_bytes)
+        )
+        return _Worker(group=group, index=index, actor=actor, ended=actor.run.remote())
+
+    def _retire(self, worker: _Worker) -> None:
+        import ray
+
+        # A worker that is dead or never came up holds no results to hand over.
+        with suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            address = ray.get(worker.actor.address.remote(), timeout=self._timeout_s)
+            self.client.retire_workers([address])
+        ray.kill(worker.actor)
+        if worker.group in self._extra:
+            self._extra.remove(worker.group)
+            ray.util.remove_placement_group(worker.group)
+        else:
+            self._free.append((worker.group, worker.index))
+
+    def _watch(self) -> None:
+        import ray
+
+        while not self._closing.wait(0.2):
+            with self._lock:
+                refs = [worker.ended for worker in self._workers]
+            if not refs:
+                continue
+            ended, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+            with self._lock:
+                if self._closing.is_set():
+                    return
+                for place, worker in enumerate(self._workers):
+                    if worker.ended in ended:
+                        ray.kill(worker.actor)
+                        self._workers[place] = self._start(worker.group, worker.index)
+
+    def _close(self) -> None:
+        import ray
+
+        self._closing.set()
+        if self._watcher is not None:
+            self._watcher.join()
+        try:
+            if self.client is not None:
+                self.client.close()
+        finally:
+            for actor in [*(worker.actor for worker in self._workers), self._scheduler]:
+                if actor is not None:
+                    ray.kill(actor)
+            for group in [*self._extra, self._group]:
+                ray.util.remove_placement_group(group)
+
+
+@contextmanager
+def lease(
+    *,
+    workers: int,
+    cpus: float = 1,
+    gpus: float = 0,
+    memory_bytes: int = 0,
+    placement_timeout_s: float = 30,
+) -> Iterator[Lease]:
+    """Leases a Dask cluster from the Ray cluster of this process, and gives it back on exit.
+
+    Args:
+        workers: How many Dask workers, at least 1; each runs one task at a time.
+        cpus: CPUs of a worker, above 0; also its threads for Polars and numba.
+        gpus: GPUs of a worker.
+        memory_bytes: Memory reserved for a worker, and where Dask spills; 0 sets no limit.
+        placement_timeout_s: How long to wait for resources that others hold.
+
+    Yields:
+        The lease.
+
+    Raises:
+        LeaseError: There is no Ray session, or the cluster can't give what was asked.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        raise LeaseError("no Ray session in this process: enter cluster.session.connect() first")
+    if workers < 1 or cpus <= 0 or gpus < 0 or memory_bytes < 0:
+        raise LeaseError(
+            f"workers={workers}, cpus={cpus}, gpus={gpus}, memory_bytes={memory_bytes}: workers "
+            "is at least 1, cpus above 0, gpus and memory_bytes at least 0"
+        )
+    size = _Size(cpus=cpus, gpus=gpus, memory_bytes=memory_bytes)
+    held = Lease(size, workers, placement_timeout_s)
+    try:
+        held._open()
+        yield held
+    finally:
+        held._close()
+
+
+def map_partitions(
+    function: Callable[[Any], Any], parts: Iterable[Any], lease: Lease
+) -> Iterator[Any]:
+    """Runs `function` over each part on the lease; results come in the order of the parts.
+
+    Lazy: work starts at the first `next`, and a few parts a worker are in flight, so neither
+    parts nor results need fit in memory together. Parts travel inside their tasks, so a lost
+    worker's are sent again.
+
+    Args:
+        function: Takes a part; picklable, and safe to run twice.
+        parts: Picklable parts.
+        lease: Where to run.
+
+    Yields:
+        `function(part)` for each part. An error in `function` is raised here.
+    """
+    pending: deque[Any] = deque()
+    try:
+        for part in parts:
+            pending.append(lease.client.submit(function, part, pure=False))
+            if len(pending) >= 3 * lease.workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def _strategy(group: Any, index: int) -> Any:
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return PlacementGroupSchedulingStrategy(
+        placement_group=group, placement_group_bundle_index=index
+    )
+
+
+def _resources() -> tuple[dict[str, float], dict[str, float]]:
+    """What the whole cluster has, and what of it is free."""
+    import ray
+
+    ray_: Any = ray
+    return ray_.cluster_resources(), ray_.available_resources()
+
+
+def _check_room(size: _Size, workers: int, room: dict[str, float]) -> None:
+    bundle = size.bundle()
+    if any(amount * workers > room.get(name, 0.0) for name, amount in bundle.items()):
+        raise _refusal(size, workers)
+
+
+def _refusal(size: _Size, workers: int) -> LeaseError:
+    total, free = _resources()
+
+    def say(amounts: dict[str, float]) -> str:
+        return ", ".join(f"{name} {amounts.get(name, 0.0):g}" for name in ("CPU", "GPU", "memory"))
+
+    return LeaseError(
+        f"asked for {workers} workers of {say(size.bundle())} each; the cluster has "
+        f"{say(total)}, free {say(free)} (memory in bytes): "
+        "ask for fewer or smaller workers, or wait until others give theirs back"
+    )
+
+
+def _place(size: _Size, workers: int, timeout_s: float) -> Any:
+    """Reserves `workers` bundles together, or refuses and leaves nothing reserved."""
+    import ray
+
+    _check_room(size, workers, _resources()[0])
+    group = ray.util.placement_group([size.bundle()] * workers, strategy="PACK")
+    if not group.wait(timeout_s):
+        ray.util.remove_placement_group(group)
+        raise _refusal(size, workers)
+    return group
+
+
+def _place_singly(size: _Size, workers: int, timeout_s: float) -> list[Any]:
+    """Reserves a group for each worker; all of them or none."""
+    import ray
+
+    groups: list[Any] = []
+    try:
+        for _ in range(workers):
+            groups.append(_place(size, 1, timeout_s))
+    except LeaseError:
+        for group in groups:
+            ray.util.remove_placement_group(group)
+        raise
+    return groups
+
+
+def _actor_classes() -> tuple[Any, Any]:
+    """The actors of the scheduler and of a worker.
+
+    Local classes are pickled by value, so that nodes need no copy of this package.
+    """
+    import ray
+
+    @ray.remote
+    class DaskScheduler:
+        async def start(self) -> str:
+            import ray
+            from distributed import Scheduler
+
+            host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            self.scheduler = await Scheduler(host=host, port=0, dashboard=False)
+            return str(self.scheduler.address)
+
+    @ray.remote
+    class DaskWorker:
+        def __init__(self, scheduler: str, memory_bytes: int) -> None:
+            import asyncio
+
+            self.scheduler = scheduler
+            self.memory_bytes = memory_bytes
+            self.up = asyncio.Event()
+
+        async def run(self) -> None:
+            import ray
+            from distributed import Worker
+
+            self.worker = await Worker(
+                self.scheduler,
+                host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
+                nthreads=1,
+                memory_limit=self.memory_bytes,
+            )
+            self.up.set()
+            await self.worker.finished()
+
+        async def address(self) -> str:
+            await self.up.wait()
+            return str(self.worker.address)
+
+    return DaskScheduler, DaskWorker
