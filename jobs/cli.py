@@ -26,6 +26,9 @@ def run(
     resume: Annotated[
         str | None, typer.Option(help="Go on with this run: its finished steps are not redone.")
     ] = None,
+    dask_workers: Annotated[
+        int, typer.Option(min=0, help="Spread the features over this many Dask workers.")
+    ] = 0,
     root: Annotated[Path, typer.Option(help="Folder of the versioned tables.")] = Path(".liftyard"),
     runs_root: Annotated[Path, typer.Option("--runs", help="Folder of the runs.")] = Path("runs"),
 ) -> None:
@@ -39,7 +42,12 @@ def run(
         )
         console.print(f"run {started.run_id}")
         done = execute(
-            declared, started, base=pipeline.parent, tables=root / "tables", console=console
+            declared,
+            started,
+            base=pipeline.parent,
+            tables=root / "tables",
+            console=console,
+            dask_workers=dask_workers,
         )
     except KeyboardInterrupt:
         errors.print("interrupted; go on with --resume and the run's id")

@@ -9,10 +9,12 @@ import datetime as dt
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from models.features import FeatureSpec
 
 Dtype = Literal["int32", "int64", "float32", "float64", "string", "bool", "date", "datetime"]
 Scalar = bool | int | float | dt.datetime | dt.date | str
@@ -118,12 +120,54 @@ class Table(_Model):
         return self.format or ("csv" if suffix else "parquet")
 
 
+class Lookup(_Model):
+    """Columns that each event takes from the one row of `table` with the same `key`."""
+
+    table: str
+    key: str
+    columns: list[str] = Field(min_length=1)
+
+
+class Features(FeatureSpec):
+    """Features and labels of the events in `table`; the keys beside its own are FeatureSpec's."""
+
+    table: str
+    lookups: tuple[Lookup, ...] = ()
+
+
 class Pipeline(_Model):
-    """A pipeline: its tables, and the seed of everything drawn."""
+    """A pipeline: its tables, their features, and the seed of everything drawn."""
 
     name: str = Field(min_length=1)
     seed: int
     tables: dict[str, Table] = Field(min_length=1)
+    features: dict[str, Features] = {}
+
+    @model_validator(mode="after")
+    def _feature_columns_exist(self) -> Pipeline:
+        for name, features in self.features.items():
+            wanted = [(features.table, [features.entity, features.time])]
+            wanted += [(lookup.table, [lookup.key, *lookup.columns]) for lookup in features.lookups]
+            for table, columns in wanted:
+                if table not in self.tables:
+                    raise ValueError(
+                        f"features.{name} names table {table!r}; declared: "
+                        f"{', '.join(self.tables)}{suggestion(table, list(self.tables))}"
+                    )
+                there = list(self.tables[table].columns)
+                for column in columns:
+                    if column not in there:
+                        raise ValueError(
+                            f"features.{name} names column {column!r} of table {table!r}; "
+                            f"declared: {', '.join(there)}{suggestion(column, there)}"
+                        )
+            if self.tables[features.table].entity != features.entity:
+                raise ValueError(
+                    f"features.{name} has entity {features.entity!r}, and table "
+                    f"{features.table!r} is partitioned by "
+                    f"{self.tables[features.table].entity!r}; give both the same entity"
+                )
+        return self
 
     @model_validator(mode="after")
     def _foreign_keys_exist(self) -> Pipeline:
@@ -199,7 +243,7 @@ def _say(problem: Any) -> str:
     if kind == "value_error":
         return str(problem["ctx"]["error"])
     if kind == "literal_error":
-        options = list(get_args(Dtype)) if "columns" in loc else ["parquet", "csv"]
+        options = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
         return f"got {value!r}; allowed: {', '.join(options)}{suggestion(value, options)}"
     return f"got {value!r}; {problem['msg']}"
 
@@ -210,7 +254,9 @@ def _fields(loc: tuple[int | str, ...]) -> list[str]:
     if not path:
         return list(Pipeline.model_fields)
     model: type[BaseModel] = Table
-    if "source" in path[2:]:
+    if path[0] == "features":
+        model = Lookup if "lookups" in path[2:] else Features
+    elif "source" in path[2:]:
         model = Source
     elif "ranges" in path[2:]:
         model = Bounds

@@ -55,6 +55,7 @@ def test_run_writes_what_each_step_did(shop: Path) -> None:
     assert [(step["name"], step["rows_in"], step["rows_out"]) for step in steps] == [
         ("ingest", 3, 3),
         ("validate", 3, 2),
+        ("features", 0, 0),
     ]
     assert steps[1]["detail"]["orders"]["by_rule"] == {"range:amount": 1}
 
@@ -88,3 +89,15 @@ def test_resume_of_an_unknown_run_is_told(shop: Path) -> None:
     result = liftyard(shop, "--resume", "nope")
     assert result.exit_code == 1
     assert "no run 'nope'" in result.stderr
+
+
+def test_misspelt_aggregation_is_told_with_its_line(shop: Path) -> None:
+    features = (
+        "features: {f: {table: orders, entity: customer, time: amount, name: orders,\n"
+        "  aggregations: [cuont]}}\n"
+    )
+    (shop / "shop.yaml").write_text(PIPELINE + features)
+    result = liftyard(shop)
+    assert result.exit_code == 1
+    assert "shop.yaml:12:" in result.stderr.replace("\n", "")
+    assert "did you mean 'count'?" in result.stderr.replace("\n", " ")
