@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 LOCK := requirements/cpu.lock
 
-.PHONY: help setup check test lock clean
+.PHONY: help setup demo check test lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,9 @@ setup: .venv/.installed ## Make .venv from the lock
 	$(BIN)/pip install --quiet --disable-pip-version-check -r $(LOCK)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
+
+demo: setup ## Run what is there of the main job on The Complete Journey
+	$(BIN)/liftyard run pipelines/complete_journey.yaml
 
 check: setup ## Lint, format, types, import contracts
 	$(BIN)/ruff check .
