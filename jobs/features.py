@@ -14,7 +14,7 @@ import polars as pl
 
 from cluster import dask_lease, storage
 from jobs.config import Features
-from models.features import LabelSpec, compute, cutoff_times, label
+from models.features import compute, cutoff_times, label
 
 
 class HorizonError(ValueError):
@@ -114,15 +114,10 @@ def _check_horizons(name: str, declared: Features, events: pl.LazyFrame) -> None
     if last_event is None or last_cutoff is None:
         return
     for each in declared.labels:
-        horizon = _horizon(each)
+        horizon = dt.timedelta(days=each.horizon_days)
         if last_cutoff + horizon > last_event:
             raise HorizonError(
                 f"features.{name}: label {each.name!r} looks {horizon.days} days ahead, and the "
                 f"events end at {last_event}: the last cutoff is {last_cutoff}; end the cutoffs "
                 f"at {last_event - horizon} or before"
             )
-
-
-def _horizon(each: LabelSpec) -> dt.timedelta:
-    given = next(filter(None, (each.none, each.any, each.count, each.sum)))
-    return dt.timedelta(days=int(given.removesuffix("d")))

@@ -65,13 +65,7 @@ def _ingest(pipeline: Pipeline, base: Path, tables: Path, console: Console) -> S
     for name, table in pipeline.tables.items():
         with console.status(f"ingest: {name}"):
             done = ingest(name, table, str(tables), base=base)
-        detail[name] = {
-            "version": done.version,
-            "rows": done.rows,
-            "partitions": done.partitions,
-            "new": done.new,
-            "alarms": [str(alarm) for alarm in done.alarms],
-        }
+        detail[name] = asdict(done) | {"alarms": [str(alarm) for alarm in done.alarms]}
     rows = sum(table["rows"] for table in detail.values())
     return _step("ingest", start, rows, rows, detail)
 
@@ -82,12 +76,7 @@ def _validate(pipeline: Pipeline, tables: Path, console: Console) -> Step:
     for name, table in pipeline.tables.items():
         with console.status(f"validate: {name}"):
             done = validate(name, table, str(tables), tables=pipeline.tables)
-        detail[name] = {
-            "version": done.version,
-            "rows": done.rows,
-            "quarantined": done.quarantined,
-            "by_rule": done.by_rule,
-        }
+        detail[name] = asdict(done)
     rows_out = sum(table["rows"] for table in detail.values())
     rows_in = rows_out + sum(table["quarantined"] for table in detail.values())
     return _step("validate", start, rows_in, rows_out, detail)

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 import polars as pl
 
-from models.features.spec import Feature, FeatureSpec, LabelSpec, cutoff_times, days, describe
+from models.features.spec import Feature, FeatureSpec, LabelSpec, cutoff_times, describe
 
 _DAY_US = 86_400_000_000
 _EPOCH = datetime(1970, 1, 1)
@@ -78,8 +78,7 @@ def label(
     if missing:
         raise FeatureError(f"rows lack columns {missing}; they have {rows.columns}")
     ready = _prepare(events, spec)
-    kind = next(k for k in ("none", "any", "count", "sum") if getattr(spec_label, k) is not None)
-    horizon_us = days(getattr(spec_label, kind)) * _DAY_US
+    kind, horizon_us = spec_label.kind, spec_label.horizon_days * _DAY_US
     value = pl.len() if kind != "sum" else pl.col(f"_m_{spec_label.measure}").sum()
     keys = rows.select(spec.entity, _c=_utc_us(rows.schema["cutoff"], "cutoff"))
     parts = []

@@ -92,6 +92,16 @@ class LabelSpec(_Declared):
             raise ValueError(f"label {self.name!r}: sum needs a measure, and only sum takes one")
         return self
 
+    @property
+    def kind(self) -> str:
+        """Which of none, any, count and sum is given."""
+        return next(k for k in ("none", "any", "count", "sum") if getattr(self, k) is not None)
+
+    @property
+    def horizon_days(self) -> int:
+        """How far the label looks ahead of its cutoff."""
+        return days(getattr(self, self.kind))
+
 
 class FeatureSpec(_Declared):
     """Point-in-time features of one entity's events; see docs/features.md for a whole one."""
