@@ -1,6 +1,6 @@
 """Point-in-time features: declared in `spec`, computed in `engine`."""
 
-from models.features.engine import FeatureError, compute, label
+from models.features.engine import FeatureError, compute, compute_at, label
 from models.features.spec import Feature, FeatureSpec, LabelSpec, cutoff_times, describe
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "FeatureSpec",
     "LabelSpec",
     "compute",
+    "compute_at",
     "cutoff_times",
     "describe",
     "label",

@@ -42,15 +42,47 @@ def compute(
     if not given:
         raise FeatureError("no cutoffs; pass some, or declare them in the spec's cutoffs")
     moments = pl.Series("cutoff", sorted({_micros(c) for c in given}), pl.Int64)
-    ready = _prepare(events, spec).sort(spec.entity, "_t", maintain_order=True)
-    # A gap looks back only, so that it is the same at every cutoff.
-    same = pl.col(spec.entity) == pl.col(spec.entity).shift(1)
-    ready = ready.with_columns(
-        _gap=pl.when(same).then((pl.col("_t") - pl.col("_t").shift(1)) / _DAY_US)
-    )
+    ready = _with_gaps(_prepare(events, spec), spec)
     features = describe(spec)
     parts = [_at(ready.lazy(), spec, features, moment) for moment in moments]
     return pl.concat(parts).sort(spec.entity, "cutoff")
+
+
+def compute_at(
+    events: pl.LazyFrame | pl.DataFrame, spec: FeatureSpec, rows: pl.DataFrame
+) -> pl.DataFrame:
+    """Computes every declared feature at moments that differ from entity to entity.
+
+    Args:
+        events: as for `compute`.
+        spec: the declaration; its own cutoffs play no part.
+        rows: columns entity and "cutoff" (Datetime or Date; naive ones in UTC); others are ignored.
+
+    Returns:
+        The columns of `describe(spec)`, one row for each of `rows`, in their order. Where an entity
+        has no event before its cutoff, counts, distinct counts and sums are 0, the others null.
+
+    Raises:
+        FeatureError: as for `compute`.
+    """
+    keys = _keys(rows, spec)
+    wanted = keys.unique().sort("_c")
+    ready = _with_gaps(_prepare(events, spec), spec)
+    features = describe(spec)
+    parts = [
+        _at(ready.lazy().join(at.lazy(), on=spec.entity, how="semi"), spec, features, moment)
+        for (moment,), at in wanted.group_by("_c", maintain_order=True)
+    ]
+    schema = {f.name: pl.Int32 if f.dtype == "Int32" else pl.Float32 for f in features}
+    if not parts:
+        return pl.DataFrame(schema=schema)
+    found = pl.concat(parts).with_columns(_c=pl.col("cutoff").dt.epoch("us"))
+    nothing = [f.name for f in features if f.aggregation in ("count", "distinct", "sum")]
+    return (
+        keys.join(found, on=[spec.entity, "_c"], how="left", maintain_order="left")
+        .select(list(schema))
+        .with_columns(pl.col(nothing).fill_null(0))
+    )
 
 
 def label(
@@ -74,13 +106,10 @@ def label(
     Raises:
         FeatureError: as for `compute`.
     """
-    missing = [c for c in (spec.entity, "cutoff") if c not in rows.columns]
-    if missing:
-        raise FeatureError(f"rows lack columns {missing}; they have {rows.columns}")
+    keys = _keys(rows, spec)
     ready = _prepare(events, spec)
     kind, horizon_us = spec_label.kind, spec_label.horizon_days * _DAY_US
     value = pl.len() if kind != "sum" else pl.col(f"_m_{spec_label.measure}").sum()
-    keys = rows.select(spec.entity, _c=_utc_us(rows.schema["cutoff"], "cutoff"))
     parts = []
     for moment in keys["_c"].unique():
         inside = pl.col("_t").is_between(moment, moment + horizon_us, closed="left")
@@ -95,6 +124,24 @@ def label(
     elif kind == "any":
         got = got > 0
     return got.cast(pl.Float32 if kind == "sum" else pl.Int32).rename(spec_label.name)
+
+
+def _keys(rows: pl.DataFrame, spec: FeatureSpec) -> pl.DataFrame:
+    """The rows' entity and _c, the cutoff in microseconds."""
+    missing = [c for c in (spec.entity, "cutoff") if c not in rows.columns]
+    if missing:
+        raise FeatureError(f"rows lack columns {missing}; they have {rows.columns}")
+    return rows.select(spec.entity, _c=_utc_us(rows.schema["cutoff"], "cutoff"))
+
+
+def _with_gaps(ready: pl.DataFrame, spec: FeatureSpec) -> pl.DataFrame:
+    """Sorted by entity and time, with _gap, the days since the entity's event before."""
+    ready = ready.sort(spec.entity, "_t", maintain_order=True)
+    # A gap looks back only, so that it is the same at every cutoff.
+    same = pl.col(spec.entity) == pl.col(spec.entity).shift(1)
+    return ready.with_columns(
+        _gap=pl.when(same).then((pl.col("_t") - pl.col("_t").shift(1)) / _DAY_US)
+    )
 
 
 def _micros(moment: datetime) -> int:

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from pydantic import ValidationError
 
-from models.features import FeatureError, FeatureSpec, compute, cutoff_times, describe, label
+from models.features import (
+    FeatureError,
+    FeatureSpec,
+    compute,
+    compute_at,
+    cutoff_times,
+    describe,
+    label,
+)
 
 PEER = Path(__file__).parents[3] / "shared/peers/features/peer_plans.py"
 CUTOFFS = [datetime(2024, 4, 1), datetime(2024, 5, 1)]
@@ -266,3 +274,25 @@ def test_equals_a_hand_written_plan():
         wanted.select(pl.col(p).cast(pl.Float64).alias(n) for n, p in names.items()),
         rel_tol=1e-5,
     )
+
+
+def test_rows_with_their_own_cutoffs_get_the_same_features_as_at_that_cutoff():
+    events = frame(
+        [
+            (who, datetime(2024, 3, day), day * 0.5, "ab"[day % 2])
+            for who in (1, 2)
+            for day in (3, 9)
+        ]
+    )
+    rows = pl.DataFrame(
+        {"who": [2, 1, 9, 2], "cutoff": [CUTOFFS[1], CUTOFFS[0], CUTOFFS[0], CUTOFFS[0]]}
+    )
+    got = compute_at(events, SPEC, rows)
+    every = compute(events, SPEC, CUTOFFS)
+    for place in (0, 1, 3):
+        who, cutoff = rows.row(place)
+        same = every.filter(pl.col("who") == who, pl.col("cutoff") == cutoff)
+        assert_frame_equal(got[place], same.drop("who", "cutoff"))
+    stranger = got.row(2, named=True)
+    assert (stranger["buys_count_30d"], stranger["amount_sum_7d"]) == (0, 0.0)
+    assert stranger["amount_mean_7d"] is None and stranger["buys_recency_days"] is None
