@@ -5,6 +5,7 @@ any number of Dask workers.
 """
 
 import datetime as dt
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -13,7 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from cluster import dask_lease, storage
-from jobs.config import Features
+from jobs.config import Features, Lookup
 from models.features import compute, cutoff_times, label
 
 
@@ -96,13 +97,30 @@ def build(
     )
 
 
-def _partition(declared: Features, root: str, versions: dict[str, int], part: int) -> pl.DataFrame:
-    events = storage.scan(root, declared.table, versions[declared.table]).filter(
-        pl.col(storage.PART) == part
-    )
-    for lookup in declared.lookups:
+def scan_events(declared: Features, root: str | Path, versions: dict[str, int]) -> pl.LazyFrame:
+    """The declared events with their lookups, lazily.
+
+    Args:
+        declared: The declaration.
+        root: Where tables are stored.
+        versions: The version to read of each table that the declaration names.
+    """
+    events = storage.scan(root, declared.table, versions[declared.table])
+    return with_lookups(events, declared.lookups, root, versions)
+
+
+def with_lookups(
+    rows: pl.LazyFrame, lookups: Iterable[Lookup], root: str | Path, versions: dict[str, int]
+) -> pl.LazyFrame:
+    """Rows with the columns that each takes from the one row of another table with its key."""
+    for lookup in lookups:
         other = storage.scan(root, lookup.table, versions[lookup.table])
-        events = events.join(other.select(lookup.key, *lookup.columns), on=lookup.key, how="left")
+        rows = rows.join(other.select(lookup.key, *lookup.columns), on=lookup.key, how="left")
+    return rows
+
+
+def _partition(declared: Features, root: str, versions: dict[str, int], part: int) -> pl.DataFrame:
+    events = scan_events(declared, root, versions).filter(pl.col(storage.PART) == part)
     frame = compute(events, declared)
     labels = [label(events, each, frame, declared) for each in declared.labels]
     return frame.with_columns(*labels, pl.lit(part, dtype=pl.Int32).alias(storage.PART))
