@@ -1,6 +1,6 @@
-"""The pipeline file: what its YAML may say, and errors that name the line that says otherwise.
+"""What a pipeline file may say.
 
-Knows nothing of how tables are read or stored.
+Knows nothing of YAML (`jobs/pipeline_file.py`), or of how tables are read or stored.
 """
 
 from __future__ import annotations
@@ -8,20 +8,16 @@ from __future__ import annotations
 import datetime as dt
 import difflib
 import re
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from models.features import FeatureSpec
+from jobs.search import SETTINGS, SPACE
+from models.families import FAMILIES
+from models.features import FeatureSpec, describe
 
 Dtype = Literal["int32", "int64", "float32", "float64", "string", "bool", "date", "datetime"]
 Scalar = bool | int | float | dt.datetime | dt.date | str
-
-
-class ConfigError(ValueError):
-    """A pipeline file says something that isn't allowed; the message names file and line."""
 
 
 class _Model(BaseModel):
@@ -135,32 +131,188 @@ class Features(FeatureSpec):
     lookups: tuple[Lookup, ...] = ()
 
 
-class Pipeline(_Model):
-    """A pipeline: its tables, their features, and the seed of everything drawn."""
+class Rows(_Model):
+    """A target's rows, where they are a table's own and not its features' cutoffs.
 
-    name: str = Field(min_length=1)
-    seed: int
-    tables: dict[str, Table] = Field(min_length=1)
-    features: dict[str, Features] = {}
+    `cutoff` names the time of each row; features come from before it. `columns` are features
+    themselves.
+    """
+
+    table: str
+    lookups: tuple[Lookup, ...] = ()
+    cutoff: str | None = None
+    columns: list[str] = []
+
+
+class Label(_Model):
+    """What is to be predicted, 0 or 1: one of three ways.
+
+    `feature`: a label that the target's features declare. `column`: whether a column of the rows
+    equals `positive`. `event`: whether a row of that table has the same `keys`, and its `time` in
+    [the row's cutoff, the row's `until`]; unknown where the events don't reach `until`.
+    """
+
+    feature: str | None = None
+    column: str | None = None
+    positive: Scalar | None = None
+    event: str | None = None
+    keys: list[str] = []
+    time: str | None = None
+    until: str | None = None
 
     @model_validator(mode="after")
-    def _feature_columns_exist(self) -> Pipeline:
-        for name, features in self.features.items():
-            wanted = [(features.table, [features.entity, features.time])]
-            wanted += [(lookup.table, [lookup.key, *lookup.columns]) for lookup in features.lookups]
-            for table, columns in wanted:
-                if table not in self.tables:
+    def _one_way(self) -> Label:
+        ways = {
+            "feature": (self.feature, ()),
+            "column": (self.column, ("positive",)),
+            "event": (self.event, ("keys", "time", "until")),
+        }
+        given = [way for way, (value, _) in ways.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"a label gives {given}; give exactly one of {', '.join(ways)}")
+        for way, (_, needs) in ways.items():
+            for key in needs:
+                there = getattr(self, key) not in (None, [])
+                if there != (way == given[0]):
                     raise ValueError(
-                        f"features.{name} names table {table!r}; declared: "
-                        f"{', '.join(self.tables)}{suggestion(table, list(self.tables))}"
+                        f"a label by {given[0]!r} "
+                        + (f"takes no {key!r}" if there else f"needs {key!r} as well")
                     )
-                there = list(self.tables[table].columns)
-                for column in columns:
-                    if column not in there:
-                        raise ValueError(
-                            f"features.{name} names column {column!r} of table {table!r}; "
-                            f"declared: {', '.join(there)}{suggestion(column, there)}"
-                        )
+        return self
+
+
+class Split(_Model):
+    """Which rows train, validate and test: by time, or drawn with each class's share kept."""
+
+    validate_from: dt.datetime | None = None
+    test_from: dt.datetime | None = None
+    validate_share: float | None = Field(default=None, gt=0, lt=1)
+    test_share: float | None = Field(default=None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Split:
+        given = [key for key, value in self if value is not None]
+        if given not in (["validate_from", "test_from"], ["validate_share", "test_share"]):
+            raise ValueError(
+                f"a split gives {given}; give validate_from and test_from, or validate_share "
+                "and test_share"
+            )
+        held_out = (self.validate_share or 0) + (self.test_share or 0)
+        if held_out >= 1:
+            raise ValueError(
+                f"validate_share and test_share add up to {held_out:g}; leave rows to train on"
+            )
+        return self
+
+
+class Target(_Model):
+    """One thing to predict: its rows, features, label, split, and a baseline to beat.
+
+    `features` name groups of `Pipeline.features`; without `rows` the first one's table gives rows
+    and cutoffs. `attributes` are columns looked up by the entity. `baseline` lists features for a
+    logistic regression that the report shows beside the champion.
+    """
+
+    features: list[str] = []
+    rows: Rows | None = None
+    attributes: tuple[Lookup, ...] = ()
+    label: Label
+    split: Split
+    baseline: list[str] = []
+
+
+class Range(_Model):
+    """Values from min to max, whole where both are; `log` draws small ones as often as large."""
+
+    min: int | float
+    max: int | float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.min > self.max or (self.log and self.min <= 0):
+            raise ValueError(f"range from {self.min} to {self.max}: min <= max, above 0 for log")
+        return self
+
+
+class Space(_Model):
+    """What a family's variants are drawn from.
+
+    Each of `packs` draws is tried with `pack_size` draws of the settings in which variants share
+    work (`models.families.FREE`). A setting is a value, a list of choices or a range.
+    """
+
+    packs: int = Field(ge=1)
+    pack_size: int = Field(ge=1)
+    settings: dict[str, Range | list[int | float] | int | float] = {}
+
+
+class Sweep(_Model):
+    """The families that a sweep trains; what a family leaves out is its default space's."""
+
+    families: dict[str, Space] = Field(
+        default_factory=lambda: {name: Space.model_validate(space) for name, space in SPACE.items()}
+    )
+
+    @field_validator("families", mode="before")
+    @classmethod
+    def _completed(cls, families: object) -> object:
+        if not isinstance(families, dict):
+            return families
+        for name, space in families.items():
+            if name not in FAMILIES:
+                raise ValueError(
+                    f"family {name!r}; allowed: {', '.join(FAMILIES)}"
+                    f"{suggestion(name, list(FAMILIES))}"
+                )
+            for setting in (space or {}).get("settings", {}):
+                if setting not in SETTINGS[name]:
+                    raise ValueError(
+                        f"{setting!r} isn't a setting of {name!r}; allowed: "
+                        f"{', '.join(SETTINGS[name])}{suggestion(setting, list(SETTINGS[name]))}"
+                    )
+        return {name: {**SPACE[name], **(space or {})} for name, space in families.items()}
+
+
+class Pipeline(_Model):
+    """A pipeline: its tables, features, targets, and the seed of everything drawn."""
+
+    name: str = Field(min_length=1)
+    seed: int = Field(ge=0)
+    tables: dict[str, Table] = Field(min_length=1)
+    features: dict[str, Features] = {}
+    targets: dict[str, Target] = {}
+    sweep: Sweep = Field(default_factory=Sweep)
+
+    def columns(self, where: str, table: str, lookups: tuple[Lookup, ...] = ()) -> list[str]:
+        """Columns of a table with its lookups; refuses names that aren't declared."""
+        if table not in self.tables:
+            raise ValueError(
+                f"{where} names table {table!r}; declared: {', '.join(self.tables)}"
+                f"{suggestion(table, list(self.tables))}"
+            )
+        there = list(self.tables[table].columns)
+        for lookup in lookups:
+            self._require(where, [lookup.key], there)
+            other = self.columns(where, lookup.table)
+            self._require(where, [lookup.key, *lookup.columns], other, f" of {lookup.table!r}")
+            there += lookup.columns
+        return there
+
+    def _require(self, where: str, names: list[str], there: list[str], of: str = "") -> None:
+        for name in names:
+            if name not in there:
+                raise ValueError(
+                    f"{where} names column {name!r}{of}; declared: {', '.join(there)}"
+                    f"{suggestion(name, there)}"
+                )
+
+    @model_validator(mode="after")
+    def _features_fit_their_tables(self) -> Pipeline:
+        for name, features in self.features.items():
+            where = f"features.{name}"
+            there = self.columns(where, features.table, features.lookups)
+            self._require(where, [features.entity, features.time], there)
             if self.tables[features.table].entity != features.entity:
                 raise ValueError(
                     f"features.{name} has entity {features.entity!r}, and table "
@@ -168,6 +320,68 @@ class Pipeline(_Model):
                     f"{self.tables[features.table].entity!r}; give both the same entity"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _targets_fit_their_tables(self) -> Pipeline:
+        for name, target in self.targets.items():
+            where, rows, label = f"targets.{name}", target.rows, target.label
+            for group in target.features:
+                if group not in self.features:
+                    raise ValueError(
+                        f"{where}.features names {group!r}; declared: {', '.join(self.features)}"
+                        f"{suggestion(group, list(self.features))}"
+                    )
+            groups = [self.features[group] for group in target.features]
+            if rows is None:
+                if not groups or groups[0].cutoffs == []:
+                    raise ValueError(
+                        f"{where} has neither rows nor features with cutoffs to take them from; "
+                        "add rows, or name features that declare cutoffs first"
+                    )
+                there: list[str] = [groups[0].entity]
+                cutoff: str | None = "cutoff"
+            else:
+                there, cutoff = self.columns(where, rows.table, rows.lookups), rows.cutoff
+                self._require(where, [*rows.columns, *([cutoff] if cutoff else [])], there)
+            self._require(where, [group.entity for group in groups], there)
+            if groups and cutoff is None:
+                raise ValueError(f"{where}.rows needs a cutoff: features come from before it")
+            if target.split.validate_from is not None and cutoff is None:
+                raise ValueError(f"{where}.split goes by time, and its rows have no cutoff")
+            taken = [*(rows.columns if rows else ())]
+            for lookup in target.attributes:
+                self._require(where, [lookup.key], there)
+                other = self.columns(where, lookup.table)
+                self._require(where, [lookup.key, *lookup.columns], other, f" of {lookup.table!r}")
+                taken += lookup.columns
+            taken += [feature.name for group in groups for feature in describe(group)]
+            if twice := sorted({each for each in taken if taken.count(each) > 1}):
+                raise ValueError(f"{where}: features named more than once: {twice}; rename some")
+            if not taken:
+                raise ValueError(f"{where} has no feature; name features, attributes or columns")
+            self._require(f"{where}.baseline", target.baseline, taken)
+            self._label_fits(where, label, target, there)
+        return self
+
+    def _label_fits(self, where: str, label: Label, target: Target, there: list[str]) -> None:
+        if label.feature is not None:
+            if target.rows is not None:
+                raise ValueError(f"{where}: rows of their own take a label by column or by event")
+            known = [each.name for each in self.features[target.features[0]].labels]
+            if label.feature not in known:
+                raise ValueError(
+                    f"{where}.label names {label.feature!r}; {target.features[0]} declares "
+                    f"{', '.join(known) or 'none'}{suggestion(label.feature, known)}"
+                )
+        elif target.rows is None:
+            raise ValueError(f"{where}: a label by column or event needs rows")
+        elif label.column is not None:
+            self._require(f"{where}.label", [label.column], there)
+        else:
+            assert label.event is not None and label.time is not None and label.until is not None
+            events = self.columns(f"{where}.label", label.event)
+            self._require(f"{where}.label", [*label.keys, label.until], there)
+            self._require(f"{where}.label", [*label.keys, label.time], events)
 
     @model_validator(mode="after")
     def _foreign_keys_exist(self) -> Pipeline:
@@ -183,87 +397,3 @@ class Pipeline(_Model):
                         f"{suggestion(target, known)}"
                     )
         return self
-
-
-def load(path: str | Path) -> Pipeline:
-    """Read and check a pipeline file.
-
-    Raises:
-        ConfigError: The file can't be read, isn't YAML, or says something that isn't allowed.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read ({error}); name a YAML file") from error
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        raise ConfigError(f"{path}:{line}: not YAML: {getattr(error, 'problem', error)}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: a value can't be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}:1: got {values!r}; allowed: a mapping with name, seed, tables")
-    try:
-        return Pipeline.model_validate(values)
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            loc = problem["loc"]
-            lines.append(f"{path}:{_line(root, loc)}: {'.'.join(map(str, loc))}: {_say(problem)}")
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
-
-
-def _line(node: yaml.Node | None, loc: tuple[int | str, ...]) -> int:
-    """The 1-based line of the deepest node on `loc`; a key's own line in a mapping."""
-    line = node.start_mark.line + 1 if node is not None else 1
-    for part in loc:
-        if isinstance(node, yaml.MappingNode):
-            pair = next((p for p in node.value if p[0].value == str(part)), None)
-            if pair is None:
-                break
-            line, node = pair[0].start_mark.line + 1, pair[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
-            node = node.value[part]
-            line = node.start_mark.line + 1 if node is not None else line
-        else:
-            break
-    return line
-
-
-def _say(problem: Any) -> str:
-    kind, loc, value = problem["type"], problem["loc"], problem["input"]
-    if kind == "extra_forbidden":
-        fields = _fields(loc[:-1])
-        return f"unknown key {loc[-1]!r}; allowed: {', '.join(fields)}{suggestion(loc[-1], fields)}"
-    if kind == "missing":
-        return "this key is missing; add it"
-    if kind == "value_error":
-        return str(problem["ctx"]["error"])
-    if kind == "literal_error":
-        options = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        return f"got {value!r}; allowed: {', '.join(options)}{suggestion(value, options)}"
-    return f"got {value!r}; {problem['msg']}"
-
-
-def _fields(loc: tuple[int | str, ...]) -> list[str]:
-    """The keys allowed in the mapping at `loc`."""
-    path = [str(part) for part in loc]
-    if not path:
-        return list(Pipeline.model_fields)
-    model: type[BaseModel] = Table
-    if path[0] == "features":
-        model = Lookup if "lookups" in path[2:] else Features
-    elif "source" in path[2:]:
-        model = Source
-    elif "ranges" in path[2:]:
-        model = Bounds
-    elif path[3:] == ["rows"]:
-        model = RowBounds
-    elif path[3:] == ["freshness"]:
-        model = Freshness
-    elif path[2:] == ["rules"]:
-        model = Rules
-    return list(model.model_fields)

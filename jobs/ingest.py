@@ -49,6 +49,10 @@ class Alarm:
     column: str
     detail: str
 
+    def __str__(self) -> str:
+        what = "has appeared, of type" if self.kind == "appeared" else "has changed its type,"
+        return f"{self.file}: column {self.column!r} {what} {self.detail}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ingested:

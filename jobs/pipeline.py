@@ -1,104 +1,327 @@
-"""The line from raw events to features, top to bottom.
+"""The line from raw events to served scores, top to bottom.
 
-    source → ingest → validate → features
+    source → ingest → validate → features → training → sweep → register → serve → report
 
-Each step leaves versioned tables behind and writes down what it did; a resumed run skips what it
-finished before.
+Each step leaves versioned tables or models behind and writes down what it did; a resumed run skips
+what it finished before.
 """
 
+import socket
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
 from cluster import dask_lease, session
+from cluster.environment import Environment
+from jobs import progress, report, sweep, training_set
 from jobs.config import Pipeline
 from jobs.features import build
 from jobs.ingest import ingest
+from jobs.register import register
 from jobs.runs import Run, Step
+from jobs.search import draw
 from jobs.validate import validate
+from models.registry import Registry, Trial
+
+# From so many events on, features are spread over Dask workers unasked: one process would hold
+# tens of gigabytes.
+DASK_EVENTS = 100_000_000
 
 
 def execute(
     pipeline: Pipeline,
     run: Run,
     *,
+    environment: Environment,
     base: Path,
-    tables: Path,
     console: Console,
-    dask_workers: int = 0,
+    dask_workers: int | None = None,
 ) -> Run:
     """Do the steps that `run` hasn't finished.
 
     Args:
         pipeline: The declaration.
         run: From `jobs.runs.start` or `resume`.
+        environment: Where it runs.
         base: Folder that relative source paths start from.
-        tables: Root of the Delta tables.
         console: Where progress is shown.
-        dask_workers: Workers of a Dask cluster, leased from an embedded Ray one, that the features
-            are spread over; 0 computes them in this process.
+        dask_workers: Workers of a Dask cluster leased from Ray that features are spread over; 0
+            computes them in this process; None decides by the number of events.
 
     Returns:
         The run, `finished`. On an error it is written as `failed` or `interrupted`, and the error
         goes on.
     """
-    try:
-        run = run.do("ingest", lambda: _ingest(pipeline, base, tables, console))
-        run = run.do("validate", lambda: _validate(pipeline, tables, console))
-        run = run.do("features", lambda: _features(pipeline, tables, console, dask_workers))
-    except KeyboardInterrupt:
-        run.end("interrupted")
-        raise
-    except Exception:
-        run.end("failed")
-        raise
-    return run.end("finished")
-
-
-def _ingest(pipeline: Pipeline, base: Path, tables: Path, console: Console) -> Step:
-    start = time.perf_counter()
-    detail: dict[str, dict[str, Any]] = {}
-    for name, table in pipeline.tables.items():
-        with console.status(f"ingest: {name}"):
-            done = ingest(name, table, str(tables), base=base)
-        detail[name] = asdict(done) | {"alarms": [str(alarm) for alarm in done.alarms]}
-    rows = sum(table["rows"] for table in detail.values())
-    return _step("ingest", start, rows, rows, detail)
-
-
-def _validate(pipeline: Pipeline, tables: Path, console: Console) -> Step:
-    start = time.perf_counter()
-    detail: dict[str, dict[str, Any]] = {}
-    for name, table in pipeline.tables.items():
-        with console.status(f"validate: {name}"):
-            done = validate(name, table, str(tables), tables=pipeline.tables)
-        detail[name] = asdict(done)
-    rows_out = sum(table["rows"] for table in detail.values())
-    rows_in = rows_out + sum(table["quarantined"] for table in detail.values())
-    return _step("validate", start, rows_in, rows_out, detail)
-
-
-def _features(pipeline: Pipeline, tables: Path, console: Console, dask_workers: int) -> Step:
-    start = time.perf_counter()
-    detail: dict[str, dict[str, Any]] = {}
-    engine = "polars"
     with ExitStack() as stack:
-        lease = None
-        if dask_workers and pipeline.features:
-            stack.enter_context(session.connect())
-            lease = stack.enter_context(dask_lease.lease(workers=dask_workers))
-        for name, declared in pipeline.features.items():
-            with console.status(f"features: {name}"):
-                done = build(name, declared, str(tables), lease=lease)
+        work = _Work(pipeline, run, environment, base, console, dask_workers, stack)
+        try:
+            run = run.do("ingest", work.ingest)
+            run = work.run = run.do("validate", work.validate)
+            run = run.do("features", work.features)
+            if pipeline.targets:
+                run = work.run = run.do("training", work.training)
+                run = work.run = run.do("sweep", work.sweep)
+                run = work.run = run.do("register", work.register)
+                run = run.do("serve", work.serve)
+        except BaseException as error:
+            run = run.end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            try:
+                report.write(run.folder)
+            except (report.ReportError, OSError) as unwritten:
+                # The run's own error is the one to tell.
+                error.add_note(f"and its report can't be written: {unwritten}")
+            raise
+        run = run.end("finished")
+        report.write(run.folder)
+        return run
+
+
+class _Work:
+    """The steps, and the cluster and registry that they share."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        run: Run,
+        environment: Environment,
+        base: Path,
+        console: Console,
+        dask_workers: int | None,
+        stack: ExitStack,
+    ) -> None:
+        self.pipeline, self.run, self.environment = pipeline, run, environment
+        self.base, self.console, self.dask_workers = base, console, dask_workers
+        self.tables = environment.storage_root
+        self._stack = stack
+        self._session: session.Session | None = None
+
+    def connect(self) -> session.Session:
+        """The Ray cluster: connected at the first call, closed at the run's end."""
+        if self._session is None:
+            address = self.environment.ray_address
+            with self.console.status("connecting to Ray"):
+                self._session = self._stack.enter_context(session.connect(address=address))
+        return self._session
+
+    @cached_property
+    def lease(self) -> dask_lease.Lease | None:
+        """Dask workers for the features, if any are wanted."""
+        workers = self.dask_workers
+        if workers is None:
+            validated = self.run.step("validate").detail
+            events = sum(validated[each.table]["rows"] for each in self.pipeline.features.values())
+            workers = int(self.connect().cpus) if events >= DASK_EVENTS else 0
+        if not workers or not self.pipeline.features:
+            return None
+        self.connect()
+        return self._stack.enter_context(dask_lease.lease(workers=workers))
+
+    @cached_property
+    def registry(self) -> Registry:
+        return Registry(self.environment.tracking_uri)
+
+    def ingest(self) -> Step:
+        start = time.perf_counter()
+        detail: dict[str, dict[str, Any]] = {}
+        for name, table in self.pipeline.tables.items():
+            with self.console.status(f"ingest: {name}"):
+                done = ingest(name, table, self.tables, base=self.base)
+            detail[name] = asdict(done) | {"alarms": [str(alarm) for alarm in done.alarms]}
+        rows = sum(table["rows"] for table in detail.values())
+        return _step("ingest", start, rows, rows, detail)
+
+    def validate(self) -> Step:
+        start = time.perf_counter()
+        detail: dict[str, dict[str, Any]] = {}
+        for name, table in self.pipeline.tables.items():
+            with self.console.status(f"validate: {name}"):
+                done = validate(name, table, self.tables, tables=self.pipeline.tables)
+            detail[name] = asdict(done)
+        rows_out = sum(table["rows"] for table in detail.values())
+        rows_in = rows_out + sum(table["quarantined"] for table in detail.values())
+        return _step("validate", start, rows_in, rows_out, detail)
+
+    def features(self) -> Step:
+        start = time.perf_counter()
+        detail: dict[str, dict[str, Any]] = {}
+        engine = "polars"
+        for name, declared in self.pipeline.features.items():
+            # Groups without cutoffs are computed where a target's rows ask for them.
+            if declared.cutoffs == []:
+                continue
+            with self.console.status(f"features: {name}"):
+                done = build(name, declared, self.tables, lease=self.lease)
             engine = done.engine
             detail[name] = asdict(done)
-    rows_in = sum(features["events"] for features in detail.values())
-    rows_out = sum(features["rows"] for features in detail.values())
-    return _step("features", start, rows_in, rows_out, detail, engine)
+        rows_in = sum(features["events"] for features in detail.values())
+        rows_out = sum(features["rows"] for features in detail.values())
+        return _step("features", start, rows_in, rows_out, detail, engine)
+
+    def training(self) -> Step:
+        start = time.perf_counter()
+        detail: dict[str, dict[str, Any]] = {}
+        engine = "polars"
+        for name in self.pipeline.targets:
+            with self.console.status(f"training set: {name}"):
+                done = training_set.assemble(name, self.pipeline, self.tables, lease=self.lease)
+            engine = done.engine
+            detail[name] = asdict(done)
+        rows = sum(target["rows"] for target in detail.values())
+        used = sum(rows for target in detail.values() for rows in _used(target["split"]))
+        return _step("training", start, rows, used, detail, engine)
+
+    def sweep(self) -> Step:
+        start = time.perf_counter()
+        variants = draw(self.pipeline.sweep.families, self.pipeline.seed)
+        workers = max(1, int(self.connect().cpus))
+        detail: dict[str, dict[str, Any]] = {}
+        rows = 0
+        for name in self.pipeline.targets:
+            matrices = self._matrices(name)[1]
+            rows += sum(y.size for part, y in matrices.y.items() if part != "test")
+            with (
+                self.registry.sweep(
+                    self.pipeline.name,
+                    run_name=f"{self.run.run_id} {self.run.attempt} {name}",
+                    params={
+                        "target": name,
+                        "variants": len(variants),
+                        "seed": self.pipeline.seed,
+                        "data_version": self._data_version(name),
+                    },
+                    tags={"run_id": self.run.run_id, "git_revision": self.run.git_revision},
+                ) as log,
+                progress.sweep(name, variants, self.console) as show,
+            ):
+
+                def on_done(outcomes: Any, log: Any = log, show: progress.SweepView = show) -> None:
+                    log.add([_trial(outcome, self.pipeline.seed) for outcome in outcomes])
+                    show.add(outcomes)
+
+                outcomes = sweep.run(
+                    variants,
+                    matrices.training_data,
+                    journal=self._journal(name),
+                    workers=workers,
+                    on_done=on_done,
+                )
+            trained = [each for each in outcomes if each.valid_auc is not None]
+            detail[name] = {
+                "variants": len(outcomes),
+                "failed": len(outcomes) - len(trained),
+                "best_valid_auc": max((each.valid_auc or 0 for each in trained), default=None),
+                "training_s": round(sum(each.seconds for each in outcomes), 3),
+            }
+        engine = f"packs on {workers} Ray actors"
+        return _step("sweep", start, rows, len(variants) * len(detail), detail, engine)
+
+    def register(self) -> Step:
+        start = time.perf_counter()
+        targets: dict[str, dict[str, Any]] = {}
+        rows = 0
+        variants = draw(self.pipeline.sweep.families, self.pipeline.seed)
+        for name, target in self.pipeline.targets.items():
+            with self.console.status(f"register: {name}"):
+                frame, matrices = self._matrices(name)
+                outcomes = sweep.outcomes(self._journal(name), variants)
+                done = register(
+                    name,
+                    outcomes,
+                    frame,
+                    matrices,
+                    training_set.feature_columns(target, self.pipeline),
+                    self.registry,
+                    baseline_features=target.baseline,
+                    data_version=self._data_version(name),
+                    seed=self.pipeline.seed,
+                    git_revision=self.run.git_revision,
+                    evaluation=self.run.folder / f"evaluation-{name}.json",
+                )
+            rows += matrices.y["test"].size
+            told = asdict(done)
+            test = told.pop("test")
+            lift = test.pop("top_decile_lift")
+            targets[name] = {
+                **told,
+                **{f"test_{metric}": value for metric, value in test.items()},
+                "top_decile_lift": lift,
+                "data_version": self._data_version(name),
+                "split": self.run.step("training").detail[name]["split"],
+            }
+        detail = {"targets": targets}
+        return _step("register", start, rows, len(targets), detail, "mlflow")
+
+    def serve(self) -> Step:
+        from jobs.scoring import score_rows
+        from serving import app
+
+        start = time.perf_counter()
+        self.connect()
+        wanted = urlsplit(self.environment.serve_url or "")
+        with self.console.status("starting Ray Serve"):
+            url = app.serve(
+                self.environment.tracking_uri,
+                host=wanted.hostname or "127.0.0.1",
+                port=wanted.port or _free_port(),
+                models=list(self.pipeline.targets),
+            )
+        if self.environment.ray_address is None:
+            self._stack.callback(app.stop)
+        scored: dict[str, list[dict[str, Any]]] = {}
+        for name in self.pipeline.targets:
+            frame, matrices = self._matrices(name)
+            tells = training_set.told_by(self.pipeline.targets[name], self.pipeline)
+            rows = frame.filter(frame[training_set.SPLIT] == "test")
+            rows = rows.unique(tells or None, keep="last", maintain_order=True).tail(5)
+            tells = tells or [training_set.ROW]
+            features = rows.select(matrices.encoder.feature_names)
+            scores = score_rows(url, name, features)
+            told = rows.select(tells)
+            scored[name] = [
+                {**row, "score": score} for row, score in zip(told.to_dicts(), scores, strict=True)
+            ]
+        count = sum(len(rows) for rows in scored.values())
+        detail = {"serve_url": url, "scored": scored}
+        return _step("serve", start, count, count, detail, "ray-serve")
+
+    def _journal(self, name: str) -> Path:
+        return self.run.folder / f"sweep-{name}.jsonl"
+
+    def _data_version(self, name: str) -> str:
+        return f"training/{name}@{self.run.step('training').detail[name]['version']}"
+
+    def _matrices(self, name: str) -> tuple[Any, training_set.Matrices]:
+        version = self.run.step("training").detail[name]["version"]
+        frame = training_set.load(name, self.tables, version)
+        columns = training_set.feature_columns(self.pipeline.targets[name], self.pipeline)
+        return frame, training_set.encode(frame, [column.name for column in columns])
+
+
+def _used(split: dict[str, int]) -> list[int]:
+    return [rows for part, rows in split.items() if part not in ("purged", "unknown")]
+
+
+def _trial(outcome: sweep.Outcome, seed: int) -> Trial:
+    metrics = {} if outcome.valid_auc is None else {"valid_auc": outcome.valid_auc}
+    return Trial(
+        variant=outcome.variant,
+        metrics=metrics,
+        seconds=outcome.seconds,
+        error=outcome.error,
+        seed=int(outcome.variant.get("seed", seed)),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _step(

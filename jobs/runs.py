@@ -10,6 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+STEPS = ("ingest", "validate", "features", "training", "sweep", "register", "serve")
+# Keys of a step's detail that the summary repeats at its top.
+SUMMARY = ("targets", "serve_url")
+
 
 class RunError(ValueError):
     """A run was named that isn't there, or isn't this pipeline's."""
@@ -40,15 +44,35 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run and the steps that it finished. Changes go through `do` and `end`."""
+    """A run and the steps that it finished. Changes go through `do` and `end`.
+
+    Attributes:
+        folder: Its folder.
+        run_id: Its name.
+        pipeline: The pipeline's name.
+        seed: The pipeline's seed.
+        git_revision: The code's, `-dirty` where files differ from it.
+        attempt: 1, and one more each time that finished steps were done again (`again_from`).
+        status: `running`, `finished`, `failed` or `interrupted`.
+        steps: What it finished.
+    """
 
     folder: Path
     run_id: str
     pipeline: str
     seed: int
     git_revision: str
+    attempt: int = 1
     status: str = "running"
     steps: tuple[Step, ...] = ()
+
+    def step(self, name: str) -> Step:
+        """A finished step.
+
+        Raises:
+            KeyError: The run hasn't finished it.
+        """
+        return {step.name: step for step in self.steps}[name]
 
     def do(self, name: str, work: Callable[[], Step]) -> "Run":
         """Do a step, unless this run finished it before, and write that down.
@@ -72,6 +96,9 @@ class Run:
         run = replace(self, **changes)
         content = asdict(run)
         del content["folder"]
+        for step in run.steps:
+            # What whole-run readers look for, out of the steps that make it.
+            content.update({key: step.detail[key] for key in SUMMARY if key in step.detail})
         # Written aside and renamed, so that a reader sees the old file or the new one, whole.
         aside = self.folder / f"summary.json.{os.getpid()}"
         aside.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
@@ -94,11 +121,37 @@ def start(root: Path, *, pipeline: str, seed: int) -> Run:
     return run._save()
 
 
-def resume(root: Path, run_id: str, *, pipeline: str, seed: int) -> Run:
-    """Take up a run where it stopped.
+def latest(root: Path, pipeline: str) -> str:
+    """The id of the pipeline's newest run.
 
     Raises:
-        RunError: There is no such run, or it is another pipeline's or seed's.
+        RunError: It has none.
+    """
+    found = [
+        path.parent.name
+        for path in root.glob("*/summary.json")
+        if json.loads(path.read_text(encoding="utf-8"))["pipeline"] == pipeline
+    ]
+    if not found:
+        raise RunError(f"pipeline {pipeline!r} has no run in {root}; run it without --from first")
+    return max(found)
+
+
+def resume(
+    root: Path, run_id: str, *, pipeline: str, seed: int, again_from: str | None = None
+) -> Run:
+    """Take up a run where it stopped.
+
+    Args:
+        root: Folder of the runs.
+        run_id: The run.
+        pipeline: The pipeline's name.
+        seed: Its seed.
+        again_from: Forget this step and those after it, and what they had begun.
+
+    Raises:
+        RunError: There is no such run, it is another pipeline's or seed's, or there is no step
+            `again_from`.
     """
     file = root / run_id / "summary.json"
     if not file.is_file():
@@ -112,6 +165,17 @@ def resume(root: Path, run_id: str, *, pipeline: str, seed: int) -> Run:
                 "resume it with its own, or start a new run"
             )
     steps = tuple(Step(**step) for step in content.pop("steps"))
+    if again_from is not None:
+        if again_from not in STEPS:
+            raise RunError(f"no step {again_from!r}; the steps are {', '.join(STEPS)}")
+        kept = STEPS[: STEPS.index(again_from)]
+        steps = tuple(step for step in steps if step.name in kept)
+        if "sweep" not in kept:
+            for journal in file.parent.glob("sweep-*.jsonl"):
+                journal.unlink()
+        content["attempt"] += 1
+    for key in SUMMARY:
+        content.pop(key, None)
     content["status"] = "running"
     return Run(folder=file.parent, steps=steps, **content)._save()
 

@@ -1,8 +1,9 @@
 """Trains many variants on warm Ray actors, a pack at a time, and forgets nothing that finished.
 
-Each actor holds the data once; packs share work (`models.families.packs`). Every finished pack is
-a line group in a journal, so a killed driver resumes without training it again. A lost actor's
-pack is repeated. Seeds are in the variants: scores don't depend on packs' order or on workers.
+All actors of a node read the data from one place in its shared memory; packs share work
+(`models.families.packs`). Every finished pack is a line group in a journal, so a killed driver
+resumes without training it again. A lost actor's pack is repeated. Seeds are in the variants:
+scores don't depend on packs' order or on workers.
 """
 
 import json
@@ -53,7 +54,8 @@ def run(
         journal: JSON lines, one a finished variant; made if absent. It belongs to these rows:
             give other data another journal.
         workers: Actors, one CPU each.
-        on_done: Called with each finished pack's outcomes, for progress.
+        on_done: Called with the journal's outcomes, then with each finished pack's, for progress
+            and for tracking.
 
     Returns:
         One outcome a variant, in their order.
@@ -64,6 +66,8 @@ def run(
     """
     done = _read(journal)
     open_packs = packs([variant for variant in variants if _key(variant) not in done])
+    if done:
+        on_done(list(done.values()))
     for outcomes in _train(open_packs, data, workers):
         with journal.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes)
@@ -74,6 +78,22 @@ def run(
     return [done[_key(variant)] for variant in variants]
 
 
+def outcomes(journal: Path, variants: Sequence[Variant]) -> list[Outcome]:
+    """What a finished sweep's journal says of its variants, in their order.
+
+    Raises:
+        SweepError: The journal lacks some.
+    """
+    done = _read(journal)
+    missing = [variant for variant in variants if _key(variant) not in done]
+    if missing:
+        raise SweepError(
+            f"{journal} lacks {len(missing)} of {len(variants)} variants, such as "
+            f"{dict(missing[0])}; run the sweep again (--from sweep)"
+        )
+    return [done[_key(variant)] for variant in variants]
+
+
 def _train(open_packs: list[list[Variant]], data: TrainingData, workers: int) -> Any:
     import ray
 
@@ -81,13 +101,13 @@ def _train(open_packs: list[list[Variant]], data: TrainingData, workers: int) ->
         return
     shared = ray.put(data)
     worker: Any = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=2)(_Worker)
-    actors = [worker.remote(shared) for _ in range(min(workers, len(open_packs)))]
+    actors = [worker.remote() for _ in range(min(workers, len(open_packs)))]
     running: dict[Any, tuple[Any, list[Variant]]] = {}
     waiting = iter(open_packs)
     try:
         for actor in actors:
             pack = next(waiting)
-            running[actor.train.remote(pack)] = (actor, pack)
+            running[actor.train.remote(pack, shared)] = (actor, pack)
         while running:
             (ready,), _ = ray.wait(list(running), num_returns=1)
             actor, pack = running.pop(ready)
@@ -97,7 +117,7 @@ def _train(open_packs: list[list[Variant]], data: TrainingData, workers: int) ->
                 raise SweepError(f"a worker died three times on {dict(pack[0])}") from error
             following = next(waiting, None)
             if following is not None:
-                running[actor.train.remote(following)] = (actor, following)
+                running[actor.train.remote(following, shared)] = (actor, following)
             yield outcomes
     finally:
         for actor in actors:
@@ -105,22 +125,19 @@ def _train(open_packs: list[list[Variant]], data: TrainingData, workers: int) ->
 
 
 class _Worker:
-    def __init__(self, data: TrainingData) -> None:
-        self.data = data
-
-    def train(self, pack: list[Variant]) -> list[Outcome]:
+    def train(self, pack: list[Variant], data: TrainingData) -> list[Outcome]:
         try:
-            fitted = FAMILIES[str(pack[0]["family"])](pack, self.data)
+            fitted = FAMILIES[str(pack[0]["family"])](pack, data)
         except Exception as error:
             if len(pack) > 1:
                 # One bad variant must not take its pack along.
-                return [outcome for variant in pack for outcome in self.train([variant])]
+                return [outcome for variant in pack for outcome in self.train([variant], data)]
             said = f"{type(error).__name__}: {error}"
             return [Outcome(variant=dict(pack[0]), valid_auc=None, seconds=0.0, error=said)]
         return [
             Outcome(
                 variant=each.variant,
-                valid_auc=float(auc(self.data.y_valid, each.valid_scores)),
+                valid_auc=float(auc(data.y_valid, each.valid_scores)),
                 seconds=each.seconds,
             )
             for each in fitted

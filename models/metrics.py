@@ -118,6 +118,33 @@ def calibration_curve(
     )
 
 
+def gain_curve(y: np.ndarray, p: np.ndarray, points: int = 100) -> tuple[np.ndarray, np.ndarray]:
+    """Share of all 1 found in the best-scored share of the rows (cumulative gain).
+
+    Where a tie straddles a share's edge its rows count at their mean rate.
+
+    Args:
+        y: (n,) targets.
+        p: (n,) scores.
+        points: Steps of the curve, evenly apart.
+
+    Returns:
+        Shares of the rows, from 0 to 1, and the gain at each; (points + 1,) float64.
+
+    Raises:
+        MetricError: The target has no 1, points is below 1, or an input is malformed.
+    """
+    y, p = _checked(y, p)
+    _require_positive(y, "gain")
+    if points < 1:
+        raise MetricError(f"points is {points}; give 1 or more")
+    hits, counts = _by_score(y, p)
+    share = np.linspace(0.0, 1.0, points + 1)
+    rows = np.concatenate([[0], np.cumsum(counts)]) / y.size
+    found = np.concatenate([[0], np.cumsum(hits)]) / hits.sum()
+    return share, np.interp(share, rows, found)
+
+
 def evaluate(y: np.ndarray, p: np.ndarray) -> dict[str, float]:
     """All single-number metrics, by name.
 

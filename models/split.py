@@ -1,13 +1,16 @@
-"""Splits rows by time into train, validate and test, so that no label reaches into a later part.
+"""Splits rows into train, validate and test, so that no label reaches into a later part.
 
-A row's label is known only at cutoff + horizon. A row whose label ends after the next part begins
-would carry that part's outcomes into training, so it is purged (M. López de Prado, Advances in
-Financial Machine Learning, 2018, section 7.4.1).
+By time: a row whose label is known only after the next part begins would carry that part's
+outcomes into training, so it is purged (M. López de Prado, Advances in Financial Machine Learning,
+2018, section 7.4.1). Stratified: drawn, each part with the classes' shares of the whole.
 """
 
-from datetime import datetime, timedelta
+from datetime import datetime
 
+import numpy as np
 import polars as pl
+
+PARTS = ("train", "validate", "test")
 
 
 class SplitError(ValueError):
@@ -15,13 +18,13 @@ class SplitError(ValueError):
 
 
 def by_time(
-    cutoffs: pl.Series, *, horizon: timedelta, validate: datetime, test: datetime
+    cutoffs: pl.Series, *, known: pl.Series, validate: datetime, test: datetime
 ) -> pl.Series:
     """Assign each row to its part.
 
     Args:
         cutoffs: (n,) Datetime, naive UTC.
-        horizon: How far a label looks ahead of its cutoff.
+        known: (n,) Datetime, naive UTC: when each row's label is known.
         validate: Rows from this cutoff on validate.
         test: Rows from this cutoff on test.
 
@@ -33,21 +36,56 @@ def by_time(
     """
     if validate >= test:
         raise SplitError(f"validate from {validate} and test from {test}: validate must be earlier")
-    cutoff, known = pl.col("cutoff"), pl.col("cutoff") + horizon
+    cutoff, end = pl.col("cutoff"), pl.col("known")
     part = (
         pl.when(cutoff >= test)
         .then(pl.lit("test"))
-        .when((cutoff >= validate) & (known <= test))
+        .when((cutoff >= validate) & (end <= test))
         .then(pl.lit("validate"))
-        .when((cutoff < validate) & (known <= validate))
+        .when((cutoff < validate) & (end <= validate))
         .then(pl.lit("train"))
     )
-    parts = pl.DataFrame({"cutoff": cutoffs}).select(split=part)["split"]
-    for name in ("train", "validate", "test"):
+    parts = pl.DataFrame({"cutoff": cutoffs, "known": known}).select(split=part)["split"]
+    for name in PARTS:
         if not (parts == name).any():
-            first, last = cutoffs.dt.min(), cutoffs.dt.max()
             raise SplitError(
-                f"no row to {name}: cutoffs go from {first!s} to {last!s}, labels look "
-                f"{horizon.days} days ahead, validate is from {validate} and test from {test}"
+                f"no row to {name}: cutoffs go from {cutoffs.dt.min()!s} to {cutoffs.dt.max()!s}, "
+                f"their labels are known from {known.dt.min()!s} to {known.dt.max()!s}, validate "
+                f"is from {validate} and test from {test}; move these"
+            )
+    return parts
+
+
+def stratified(
+    labels: pl.Series, *, validate_share: float, test_share: float, seed: int
+) -> pl.Series:
+    """Draw each row's part, with the classes' shares in each.
+
+    Args:
+        labels: (n,) integers.
+        validate_share: Share of the rows that validate, in (0, 1).
+        test_share: Share of the rows that test, in (0, 1).
+        seed: Of the draw, which also depends on the rows' order.
+
+    Returns:
+        (n,) String: "train", "validate" or "test".
+
+    Raises:
+        SplitError: A part would be empty.
+    """
+    y_n = labels.to_numpy()
+    drawn = np.random.default_rng(seed).permutation(y_n.size)
+    part_n = np.full(y_n.size, "train", dtype=object)
+    for value in np.unique(y_n):
+        rows = drawn[y_n[drawn] == value]
+        tests, validates = round(rows.size * test_share), round(rows.size * validate_share)
+        part_n[rows[:tests]] = "test"
+        part_n[rows[tests : tests + validates]] = "validate"
+    parts = pl.Series("split", part_n, dtype=pl.String)
+    for name in PARTS:
+        if not (parts == name).any():
+            raise SplitError(
+                f"no row to {name} among {y_n.size}, with validate_share={validate_share:g} and "
+                f"test_share={test_share:g}; give more rows or other shares"
             )
     return parts

@@ -33,7 +33,7 @@ def liftyard(folder: Path, *more: str) -> Result:
     return CliRunner().invoke(
         app,
         [
-            *("run", str(folder / "shop.yaml"), "--root", str(folder / "state")),
+            *("run", str(folder / "shop.yaml"), "--home", str(folder / "state")),
             *("--runs", str(folder / "runs"), *more),
         ],
     )

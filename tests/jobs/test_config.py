@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config import ConfigError, load
+from jobs.pipeline_file import ConfigError, load
 
 GOOD = """\
 name: demo

@@ -120,3 +120,14 @@ def test_encoder_refusals_name_the_column():
         encoder.transform(FRAME.with_columns(pl.col("visits").cast(pl.String)))
     with pytest.raises(EncodingError, match="not a stored encoder"):
         Encoder.from_json("{}")
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 5)), min_size=2, max_size=60))
+def test_the_gain_curve_meets_the_lift_of_the_top_decile(rows: list[tuple[int, int]]) -> None:
+    # 10 copies of each row, so that a tenth of them is whole rows.
+    y = np.array([target for target, _ in rows] * 10 + [1] * 10)
+    p = np.array([score / 5 for _, score in rows] * 10 + [0.5] * 10)
+    share, gain = metrics.gain_curve(y, p, points=10)
+    assert (gain[0], gain[-1]) == (0, 1)
+    assert (np.diff(gain) >= 0).all()
+    assert np.isclose(gain[1] / share[1], metrics.top_decile_lift(y, p))

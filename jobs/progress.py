@@ -1,0 +1,68 @@
+"""The live view of a sweep: variants done, failed, the best so far, rate and time left."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jobs.sweep import Outcome
+from models.families import Variant
+
+
+class SweepView:
+    """Takes outcomes as they come; made by `sweep`."""
+
+    def __init__(self, target: str, variants: Sequence[Variant], bars: Progress) -> None:
+        self._bars, self._start, self._done = bars, time.monotonic(), 0
+        self._total = len(variants)
+        self._best: dict[str, float] = {}
+        self._failed: dict[str, int] = {}
+        families = [str(variant["family"]) for variant in variants]
+        self._rows = {
+            family: bars.add_task(f"{target} {family}", total=families.count(family), said="")
+            for family in dict.fromkeys(families)
+        }
+        self._whole = bars.add_task(target, total=self._total, said="")
+
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        """Shows a finished pack's outcomes."""
+        for outcome in outcomes:
+            family = str(outcome.variant["family"])
+            if outcome.valid_auc is None:
+                self._failed[family] = self._failed.get(family, 0) + 1
+            else:
+                self._best[family] = max(self._best.get(family, 0.0), outcome.valid_auc)
+            self._bars.update(self._rows[family], advance=1, said=self._said(family))
+        self._done += len(outcomes)
+        rate = self._done / max(time.monotonic() - self._start, 1e-9)
+        left_s = (self._total - self._done) / rate
+        best = f"best {max(self._best.values()):.4f}" if self._best else "none trained yet"
+        said = f"{best}, {rate:.1f} variants/s, {left_s:.0f} s left"
+        self._bars.update(self._whole, advance=len(outcomes), said=said)
+
+    def _said(self, family: str) -> str:
+        best = f"best {self._best[family]:.4f}" if family in self._best else ""
+        failed = f" {self._failed[family]} failed" if family in self._failed else ""
+        return best + failed
+
+
+@contextmanager
+def sweep(target: str, variants: Sequence[Variant], console: Console) -> Iterator[SweepView]:
+    """Shows bars by family, and one for the whole, while the block runs.
+
+    Args:
+        target: What is predicted.
+        variants: All that will be tried.
+        console: Where; without a terminal only the last state is printed.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[said]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+        yield SweepView(target, variants, bars)

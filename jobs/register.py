@@ -1,0 +1,226 @@
+"""The best variant of a sweep to a registered model, promoted only if it beats the champion.
+
+The champion and the newcomer score the same test rows; neither was trained on them.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from jobs.sweep import Outcome
+from jobs.training_set import LABEL, SPLIT, FeatureColumn, Matrices
+from models import baseline, importance
+from models.encoding import EncodingError
+from models.families import FAMILIES
+from models.metrics import auc, calibration_curve, evaluate, gain_curve
+from models.registry import Registry
+from models.scoring import Scorer
+
+
+class RegisterError(ValueError):
+    """No variant can be registered; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """What `register` left.
+
+    Attributes:
+        variants: How many were trained.
+        failed: How many of them failed.
+        family: The best variant's family.
+        variant: Its settings.
+        valid_auc: Its AUC on the validation rows.
+        test: Its metrics on the test rows, by name.
+        baseline: The baseline's metrics on the same rows; None where none is declared.
+        model_version: The version registered.
+        promoted: Whether it became the champion.
+        reason: Why, or why not.
+    """
+
+    variants: int
+    failed: int
+    family: str
+    variant: dict[str, Any]
+    valid_auc: float
+    test: dict[str, float]
+    baseline: dict[str, float] | None
+    model_version: int
+    promoted: bool
+    reason: str
+
+
+def register(
+    name: str,
+    outcomes: Sequence[Outcome],
+    frame: pl.DataFrame,
+    matrices: Matrices,
+    columns: Sequence[FeatureColumn],
+    registry: Registry,
+    *,
+    baseline_features: Sequence[str],
+    data_version: str,
+    seed: int,
+    git_revision: str,
+    evaluation: Path,
+) -> Registered:
+    """Train the best variant again, test it, register it, and promote it if it earns that.
+
+    Args:
+        name: The target, which names the model.
+        outcomes: The sweep's.
+        frame: The training set (`jobs.training_set.load`).
+        matrices: The same rows, encoded.
+        columns: The features, for people.
+        registry: Where it goes.
+        baseline_features: Of the logistic regression beside it; empty for none.
+        data_version: The training set's table and version.
+        seed: The pipeline's.
+        git_revision: The code's.
+        evaluation: File to leave curves and importance in, as JSON, for the report.
+
+    Raises:
+        RegisterError: Every variant failed.
+        MetricError: The test rows have one class only.
+    """
+    best = _best(name, outcomes)
+    (fitted,) = FAMILIES[str(best.variant["family"])]([best.variant], matrices.training_data)
+    scorer = Scorer(encoder=matrices.encoder, predict=fitted.predict)
+    x_test, y_test = matrices.x["test"], matrices.y["test"]
+    scores_n = scorer.predict(x_test)
+    metrics = evaluate(y_test, scores_n)
+
+    test_rows = frame.filter(pl.col(SPLIT) == "test")
+    simple: np.ndarray | None = None
+    if baseline_features:
+        train = frame.filter(pl.col(SPLIT) == "train")
+        predict = baseline.fit(train, baseline_features, train[LABEL].to_numpy())
+        simple = predict(test_rows)
+    lost_p = importance.permutation(
+        fitted.predict, matrices.x["validate"], matrices.y["validate"], seed=seed
+    )
+    _write(evaluation, _evaluation(y_test, scores_n, simple, lost_p, matrices, columns))
+
+    said = {column.name: column for column in columns}
+    card = registry.register(
+        name,
+        scorer,
+        example=test_rows.select(matrices.encoder.feature_names).head(5),
+        family=str(best.variant["family"]),
+        variant=best.variant,
+        features=[
+            {
+                "name": column.name,
+                "kind": column.kind,
+                "description": said[column.name].description,
+                "unit": said[column.name].unit,
+            }
+            for column in matrices.encoder.columns
+        ],
+        metrics=metrics,
+        data_version=data_version,
+        seed=seed,
+        git_revision=git_revision,
+    )
+    promoted, reason = _earned(name, registry, metrics["auc"], test_rows, y_test)
+    if promoted:
+        registry.promote(name, card.version)
+    else:
+        registry.challenge(name, card.version)
+    assert best.valid_auc is not None
+    return Registered(
+        variants=len(outcomes),
+        failed=sum(outcome.error is not None for outcome in outcomes),
+        family=card.family,
+        variant=dict(best.variant),
+        valid_auc=best.valid_auc,
+        test=metrics,
+        baseline=None if simple is None else evaluate(y_test, simple),
+        model_version=card.version,
+        promoted=promoted,
+        reason=reason,
+    )
+
+
+def _best(name: str, outcomes: Sequence[Outcome]) -> Outcome:
+    trained = [outcome for outcome in outcomes if outcome.valid_auc is not None]
+    if not trained:
+        raise RegisterError(
+            f"target {name!r}: all {len(outcomes)} variants failed, the first with: "
+            f"{outcomes[0].error}; change the sweep's space"
+        )
+    # The first of equals, so that the choice doesn't depend on who finished first.
+    return max(trained, key=lambda outcome: outcome.valid_auc or 0.0)
+
+
+def _earned(
+    name: str, registry: Registry, newcomer_auc: float, test_rows: pl.DataFrame, y_test: np.ndarray
+) -> tuple[bool, str]:
+    if registry.champion(name) is None:
+        return True, "there was no champion"
+    card, champion = registry.load(name)
+    try:
+        standing = auc(y_test, champion.score(test_rows))
+    except EncodingError as error:
+        return False, (
+            f"champion {card.version} can't score these test rows ({error}), so the two can't be "
+            "compared; `liftyard promote` decides by hand"
+        )
+    beats = newcomer_auc > standing
+    return beats, (
+        f"test AUC {newcomer_auc:.4f} {'beats' if beats else 'does not beat'} "
+        f"champion {card.version}'s {standing:.4f} on the same rows"
+    )
+
+
+def _evaluation(
+    y: np.ndarray,
+    champion: np.ndarray,
+    simple: np.ndarray | None,
+    lost_p: np.ndarray,
+    matrices: Matrices,
+    columns: Sequence[FeatureColumn],
+) -> dict[str, Any]:
+    curves: dict[str, Any] = {"champion": _curves(y, champion)}
+    if simple is not None:
+        curves["baseline"] = _curves(y, simple)
+    said = {column.name: column for column in columns}
+    order = np.argsort(-lost_p, kind="stable")
+    names = matrices.encoder.feature_names
+    return {
+        "positives": float(y.mean()),
+        "curves": curves,
+        "importance": [
+            {
+                "feature": names[place],
+                "description": said[names[place]].description,
+                "unit": said[names[place]].unit,
+                "importance": float(lost_p[place]),
+            }
+            for place in order
+        ],
+    }
+
+
+def _curves(y: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
+    share, gain = gain_curve(y, scores)
+    predicted, observed, count = calibration_curve(y, scores)
+    return {
+        "lift": {"share": share.tolist(), "gain": gain.tolist()},
+        "calibration": {
+            "predicted": predicted.tolist(),
+            "observed": observed.tolist(),
+            "count": count.tolist(),
+        },
+    }
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    aside = file.with_suffix(".new")
+    aside.write_text(json.dumps(content), encoding="utf-8")
+    aside.replace(file)

@@ -1,0 +1,199 @@
+"""JSON rows against what a model takes: columns ready to score, or every problem by row and field.
+
+Knows nothing of HTTP: `parse` takes a body's bytes, `columns` takes rows.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from models.encoding import Column, Encoder
+
+# A body's problems are listed up to here, and counted beyond.
+PROBLEMS_SHOWN = 100
+
+# What the encoder's float32 holds; beyond it a number would become an infinity in silence.
+LARGEST = float(np.finfo(np.float32).max)
+
+DTYPES: dict[str, Any] = {"number": pl.Float64, "boolean": pl.Boolean, "string": pl.String}
+TYPES: dict[str, frozenset[type]] = {
+    "number": frozenset((int, float, type(None))),
+    "boolean": frozenset((bool, type(None))),
+    "string": frozenset((str, type(None))),
+}
+
+Columns = dict[str, list[Any]]
+
+# The body as the OpenAPI page shows it.
+REQUEST_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["rows"],
+                "additionalProperties": False,
+                "properties": {
+                    "rows": {
+                        "type": "array",
+                        "minItems": 1,
+                        "items": {
+                            "type": "object",
+                            "additionalProperties": {
+                                "type": ["number", "string", "boolean", "null"]
+                            },
+                        },
+                    }
+                },
+            }
+        }
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing wrong with a request.
+
+    Attributes:
+        row: Position in `rows`, from 0; None where it isn't about one row.
+        field: The field's name; None where it isn't about one field.
+        reason: What was received, what is allowed and what to do.
+    """
+
+    row: int | None = None
+    field: str | None = None
+    reason: str
+
+
+class RequestError(ValueError):
+    """A request that can't be scored; `status` is the HTTP status that says so."""
+
+    def __init__(self, problems: Sequence[Problem], *, count: int | None = None, status: int = 422):
+        super().__init__("; ".join(problem.reason for problem in problems))
+        self.problems = tuple(problems)
+        self.count = len(problems) if count is None else count
+        self.status = status
+
+    def body(self) -> dict[str, Any]:
+        """`detail`: the problems, the first 100 of them; `problems`: how many there are."""
+        return {"detail": [asdict(problem) for problem in self.problems], "problems": self.count}
+
+
+def parse(body: bytes, *, max_rows: int) -> list[Any]:
+    """The rows of a request's body, not yet looked into.
+
+    Args:
+        body: JSON, `{"rows": [...]}`.
+        max_rows: More are refused.
+
+    Raises:
+        RequestError: With status 400 the body isn't JSON; with 422 it isn't of this form.
+    """
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        reason = f'the body is not JSON: {error}; send {{"rows": [{{"field": value, ...}}, ...]}}'
+        raise RequestError([Problem(reason=reason)], status=400) from error
+    if not isinstance(request, dict):
+        reason = f'the body is {_said(request)}; send an object, {{"rows": [...]}}'
+        raise RequestError([Problem(reason=reason)])
+    if unknown := sorted(set(request) - {"rows"}):
+        reason = "not known here; the body holds only 'rows'"
+        raise RequestError([Problem(field=name, reason=reason) for name in unknown])
+    rows = request.get("rows")
+    if not isinstance(rows, list) or not rows:
+        said = _said(rows) if "rows" in request else "missing"
+        raise RequestError(
+            [Problem(field="rows", reason=f"is {said}; give a list of at least one row")]
+        )
+    if len(rows) > max_rows:
+        reason = f"has {len(rows)} rows; at most {max_rows} a request: send them in parts"
+        raise RequestError([Problem(field="rows", reason=reason)])
+    return rows
+
+
+def columns(rows: Sequence[Any], encoder: Encoder) -> Columns:
+    """The rows' values by field, in the encoder's order; null means missing.
+
+    Raises:
+        RequestError: A field is unknown, missing, of the wrong type or not finite.
+    """
+    names = frozenset(encoder.feature_names)
+    # By columns, since most requests are good: rows are looked at one by one only to say why not.
+    if all(isinstance(row, dict) and row.keys() == names for row in rows):
+        values = {name: [row[name] for row in rows] for name in encoder.feature_names}
+        if all(_fits(column, values[column.name]) for column in encoder.columns):
+            return values
+    problems = []
+    count = 0
+    for problem in _problems(rows, encoder):
+        count += 1
+        if count <= PROBLEMS_SHOWN:
+            problems.append(problem)
+    assert problems, "the check by columns refused what the check by rows finds good"
+    raise RequestError(problems, count=count)
+
+
+def frame(values: Columns, encoder: Encoder) -> pl.DataFrame:
+    """A frame of the encoder's columns from checked values: Float64, Boolean or String."""
+    return pl.DataFrame(
+        [
+            # Not strict, because JSON mixes 1 and 1.5; the types were checked before.
+            pl.Series(column.name, values[column.name], DTYPES[column.kind], strict=False)
+            for column in encoder.columns
+        ]
+    )
+
+
+def _fits(column: Column, values: list[Any]) -> bool:
+    if not TYPES[column.kind].issuperset(map(type, values)):
+        return False
+    return column.kind != "number" or all(
+        value is None or -LARGEST <= value <= LARGEST for value in values
+    )
+
+
+def _problems(rows: Sequence[Any], encoder: Encoder) -> Iterator[Problem]:
+    by_name: Mapping[str, Column] = {column.name: column for column in encoder.columns}
+    for at, row in enumerate(rows):
+        if not isinstance(row, dict):
+            yield Problem(row=at, reason=f"is {_said(row)}; a row is an object of field and value")
+            continue
+        for name in row.keys() - by_name.keys():
+            close = difflib.get_close_matches(name, by_name, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {sorted(by_name)}"
+            yield Problem(row=at, field=name, reason=f"not a field of this model; {hint}")
+        for name, column in by_name.items():
+            if name not in row:
+                reason = f"missing; give a {column.kind}, or null if there is no value"
+                yield Problem(row=at, field=name, reason=reason)
+            elif not _fits(column, [row[name]]):
+                yield Problem(row=at, field=name, reason=_misfit(column, row[name]))
+
+
+def _misfit(column: Column, value: Any) -> str:
+    if column.kind == "number" and type(value) in (int, float):
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{value} is not finite; give a finite number, or null if there is no value"
+        return f"is out of range; a number lies between -{LARGEST:.7g} and {LARGEST:.7g}"
+    return f"is {_said(value)}; give a {column.kind}, or null if there is no value"
+
+
+def _said(value: Any) -> str:
+    """The value in few words, by JSON's names."""
+    if value is None:
+        return "null"
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    kinds = {bool: "boolean", int: "number", float: "number", str: "string"}
+    text = str(value) if isinstance(value, bool) else repr(value)
+    return f"the {kinds[type(value)]} {text if len(text) <= 40 else text[:40] + '...'}"
