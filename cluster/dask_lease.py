@@ -6,6 +6,7 @@ authentication: the hosts' network must be private (an embedded one binds to the
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -53,6 +54,7 @@ class Lease:
         self._extra: list[Any] = []
         self._scheduler: Any = None
         self._watcher: threading.Thread | None = None
+        self._adapter: threading.Thread | None = None
         self.client: Any = None
         self.address = ""
         self._group = _place(size, workers, placement_timeout_s)
@@ -83,7 +85,8 @@ class Lease:
     def scale(self, workers: int) -> None:
         """Adds or retires workers, and returns when they are there or gone.
 
-        Retired workers hand their results over first. The placement group of the lease's first
+        Idle workers are retired before busy ones, whose tasks are redone elsewhere; both hand
+        their results over first. The placement group of the lease's first
         size stays reserved; workers beyond it are placed, and given back, one by one.
 
         Args:
@@ -103,11 +106,91 @@ class Lease:
             self._free += [(group, 0) for group in groups]
             while len(self._workers) < workers:
                 self._workers.append(self._start(*self._free.pop(0)))
+            if workers < len(self._workers):
+                tasks = self.client.processing()
+                self._workers.sort(key=lambda worker: not tasks.get(self._address(worker)))
             retired = self._workers[workers:]
             del self._workers[workers:]
             for worker in retired:
                 self._retire(worker)
         self._wait_for(workers)
+
+    def adapt(
+        self,
+        *,
+        minimum: int,
+        maximum: int,
+        backlog_s: float = 1.0,
+        idle_s: float = 5.0,
+        interval_s: float = 0.5,
+    ) -> None:
+        """Lets the lease follow its work from now on, until it ends; returns at once.
+
+        It grows while the work at hand would keep its workers busy for longer than `backlog_s`,
+        by Dask's own estimate and as far as the cluster has room, and shrinks to the workers
+        that have something to do when some have had nothing for `idle_s`. The placement group of
+        the lease's first size stays reserved.
+
+        Args:
+            minimum: Workers to keep, at least 1.
+            maximum: Workers to have at most.
+            backlog_s: Work that may wait for each worker.
+            idle_s: How long workers may be without work.
+            interval_s: Time between two looks.
+
+        Raises:
+            LeaseError: The bounds are out of order, a time isn't above 0, or it adapts already.
+        """
+        if not 1 <= minimum <= maximum or min(backlog_s, idle_s, interval_s) <= 0:
+            raise LeaseError(
+                f"minimum={minimum}, maximum={maximum}, backlog_s={backlog_s}, idle_s={idle_s}, "
+                f"interval_s={interval_s}: minimum is at least 1, maximum at least minimum, and "
+                "the times above 0"
+            )
+        if self._adapter is not None:
+            raise LeaseError("this lease adapts already; its bounds hold until it ends")
+        self._adapter = threading.Thread(
+            target=self._follow,
+            args=(minimum, maximum, backlog_s, idle_s, interval_s),
+            name="dask-lease-adapt",
+            daemon=True,
+        )
+        self._adapter.start()
+
+    def _follow(
+        self, minimum: int, maximum: int, backlog_s: float, idle_s: float, interval_s: float
+    ) -> None:
+        idle_since: float | None = None
+        while not self._closing.wait(interval_s):
+            # A scheduler that is slow or gone, and workers that don't come up, are tried again.
+            with suppress(OSError):
+                asked = self.client.sync(
+                    self.client.scheduler.adaptive_target, target_duration=f"{backlog_s}s"
+                )
+                wanted = min(max(asked, minimum), maximum)
+                if wanted >= self.workers:
+                    idle_since = None
+                    self._grow(wanted)
+                elif idle_since is None:
+                    idle_since = time.monotonic()
+                elif time.monotonic() >= idle_since + idle_s:
+                    idle_since = None
+                    self.scale(wanted)
+
+    def _grow(self, wanted: int) -> None:
+        # Others may have taken the room meanwhile: as many as there is room for.
+        for workers in range(wanted, self.workers, -1):
+            with suppress(LeaseError):
+                self.scale(workers)
+                return
+
+    def _address(self, worker: _Worker) -> str | None:
+        import ray
+
+        # A worker that is dead or never came up has none.
+        with suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return str(ray.get(worker.actor.address.remote(), timeout=self._timeout_s))
+        return None
 
     def _wait_for(self, workers: int) -> None:
         import ray
@@ -140,9 +223,9 @@ class Lease:
     def _retire(self, worker: _Worker) -> None:
         import ray
 
-        # A worker that is dead or never came up holds no results to hand over.
-        with suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-            address = ray.get(worker.actor.address.remote(), timeout=self._timeout_s)
+        # One without an address holds no results to hand over.
+        address = self._address(worker)
+        if address is not None:
             self.client.retire_workers([address])
         ray.kill(worker.actor)
         if worker.group in self._extra:
@@ -172,8 +255,9 @@ class Lease:
         import ray
 
         self._closing.set()
-        if self._watcher is not None:
-            self._watcher.join()
+        for thread in (self._watcher, self._adapter):
+            if thread is not None:
+                thread.join()
         try:
             if self.client is not None:
                 self.client.close()

@@ -71,7 +71,7 @@ def connect(*, address: str | None = None, cpus: int | None = None) -> Iterator[
             )
         yield _describe(started=False)
         return
-    _authenticate(make=address is None)
+    authenticate(make=address is None)
     if address is None:
         # "local" and not None: RAY_ADDRESS in the environment would otherwise win.
         ray.init(
@@ -80,7 +80,7 @@ def connect(*, address: str | None = None, cpus: int | None = None) -> Iterator[
             include_dashboard=False,
             log_to_driver=False,
             configure_logging=False,
-            _node_ip_address=_loopback(),
+            _node_ip_address=loopback(),
         )
     else:
         ray.init(address=address, log_to_driver=False, configure_logging=False)
@@ -91,7 +91,8 @@ def connect(*, address: str | None = None, cpus: int | None = None) -> Iterator[
         ray.shutdown()
 
 
-def _loopback() -> str:
+def loopback() -> str:
+    """The loopback address that a Ray node of this machine goes by."""
     # Ray replaces 127.0.0.1 by the address the network sees; other loopback addresses it keeps,
     # and only Linux answers on them unasked.
     return "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
@@ -109,8 +110,15 @@ def _describe(*, started: bool) -> Session:
     )
 
 
-def _authenticate(*, make: bool) -> None:
-    """Turns token authentication on in this process, unless the environment says otherwise."""
+def authenticate(*, make: bool) -> None:
+    """Turns token authentication on in this process, unless the environment says otherwise.
+
+    Args:
+        make: Whether to make a token where there is none.
+
+    Raises:
+        SessionError: There is no token, and none is to be made.
+    """
     mode = os.environ.setdefault("RAY_AUTH_MODE", "token")
     if mode == "token" and "RAY_AUTH_TOKEN" not in os.environ:
         default = str(Path.home() / ".ray" / "auth_token")

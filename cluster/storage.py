@@ -5,18 +5,27 @@ Knows nothing of what the columns mean.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
 
 import polars as pl
 
 PART = "_part"
 ROWS_PER_PARTITION = 1_000_000
+_TRIES = 5
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class StorageError(OSError):
     """A table can't be read or written; the message names the table and what to do."""
+
+
+class StorageConflict(StorageError):
+    """Another writer committed to the table first; read it again and redo the work."""
 
 
 def partitions(rows: int) -> int:
@@ -91,45 +100,76 @@ def exists(root: str | Path, name: str) -> bool:
         raise _unusable("read", root, name, error) from error
 
 
+def retried(work: Callable[P, R]) -> Callable[P, R]:
+    """Does work again, from its first read on, where its commit met another writer's."""
+
+    @wraps(work)
+    def repeated(*args: P.args, **kwargs: P.kwargs) -> R:
+        for _ in range(_TRIES - 1):
+            try:
+                return work(*args, **kwargs)
+            except StorageConflict:
+                continue
+        return work(*args, **kwargs)
+
+    return repeated
+
+
 def write(
     root: str | Path,
     name: str,
     frame: pl.DataFrame | pl.LazyFrame,
     *,
-    mode: Literal["append", "overwrite", "error"],
+    mode: Literal["append", "overwrite"],
+    onto: int | None,
     metadata: Mapping[str, str],
 ) -> int:
     """Write `frame` as one atomic commit, partitioned by `_part` where the frame has it.
+
+    Two writers at once can't both build on one version, wherever the table is: the second gets a
+    conflict, and its work is to be done again (`retried`).
 
     Args:
         root: Directory or object-store URL that holds the tables.
         name: The table's name; may hold a slash.
         frame: Any rows.
-        mode: "append" adds rows; "overwrite" replaces rows and schema; "error" refuses an
-            existing table.
+        mode: "append" adds rows; "overwrite" replaces rows and schema.
+        onto: The version that the writer read before; None where there was no table.
         metadata: Kept with the commit.
 
     Returns:
         The version that this commit made.
 
     Raises:
+        StorageConflict: Another writer has committed since `onto`.
         StorageError: The storage can't be written.
     """
-    from deltalake import CommitProperties, write_deltalake
+    from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+    from deltalake.exceptions import CommitFailedError
 
     rows = frame.collect(engine="streaming") if isinstance(frame, pl.LazyFrame) else frame
+    made = 0 if onto is None else onto + 1
     try:
+        # Appends don't conflict in Delta Lake, but two writers of one application id do.
         write_deltalake(
-            _uri(root, name),
+            _uri(root, name) if onto is None else DeltaTable(_uri(root, name), version=onto),
             rows,
-            mode=mode,
-            schema_mode="overwrite" if mode == "overwrite" else None,
+            mode="error" if onto is None else mode,
+            schema_mode="overwrite" if onto is not None and mode == "overwrite" else None,
             partition_by=[PART] if PART in rows.columns else None,
-            commit_properties=CommitProperties(custom_metadata=dict(metadata)),
+            commit_properties=CommitProperties(
+                custom_metadata=dict(metadata),
+                app_transactions=[Transaction("liftyard", made)],
+            ),
         )
     except Exception as error:
+        if isinstance(error, CommitFailedError) or (onto is None and exists(root, name)):
+            raise StorageConflict(
+                f"table {name!r} under {str(root)!r} was written by another run since "
+                f"{'it was absent' if onto is None else f'version {onto}'}: {error}; run again"
+            ) from error
         raise _unusable("written", root, name, error) from error
-    return version(root, name)
+    return made
 
 
 def scan(root: str | Path, name: str, version: int | None = None) -> pl.LazyFrame:
@@ -158,16 +198,22 @@ def version(root: str | Path, name: str) -> int:
         raise _unusable("read", root, name, error) from error
 
 
-def metadata(root: str | Path, name: str) -> dict[str, str]:
-    """The custom metadata of the latest commit.
+def latest(root: str | Path, name: str) -> int | None:
+    """The latest version's number, or None where there is no such table."""
+    return version(root, name) if exists(root, name) else None
+
+
+def metadata(root: str | Path, name: str, version: int) -> dict[str, str]:
+    """The custom metadata of the commit that made a version.
 
     Raises:
-        StorageError: There is no such table.
+        StorageError: There is no such table or version.
     """
     from deltalake import DeltaTable
 
     try:
-        commit = DeltaTable(_uri(root, name)).history(1)[0]
+        table = DeltaTable(_uri(root, name))
+        commit = table.history(table.version() - version + 1)[-1]
     except Exception as error:
         raise _unusable("read", root, name, error) from error
     return {key: value for key, value in commit.items() if isinstance(value, str)}

@@ -15,7 +15,7 @@ import polars as pl
 
 from cluster import dask_lease, storage
 from jobs.config import Features, Lookup
-from models.features import compute, cutoff_times, label
+from models.features import compile_kernel, compute, computed_by, cutoff_times
 
 
 class HorizonError(ValueError):
@@ -33,6 +33,7 @@ class Built:
         columns: Features and labels.
         new: Whether this call made the version.
         engine: What computed it.
+        compile_s: What compiling the declaration took, or loading what was compiled before.
     """
 
     version: int
@@ -41,8 +42,10 @@ class Built:
     columns: int
     new: bool
     engine: str
+    compile_s: float
 
 
+@storage.retried
 def build(
     name: str, declared: Features, root: str | Path, *, lease: dask_lease.Lease | None = None
 ) -> Built:
@@ -64,12 +67,13 @@ def build(
     versions = {source: storage.version(root, source) for source in sources}
     made_of = blake2b(f"{versions} {declared.model_dump_json()}".encode(), digest_size=16)
     events = storage.scan(root, declared.table, versions[declared.table])
-    new = not (
-        storage.exists(root, target)
-        and storage.metadata(root, target).get("made_of") == made_of.hexdigest()
-    )
+    onto = storage.latest(root, target)
+    new = onto is None or storage.metadata(root, target, onto).get("made_of") != made_of.hexdigest()
+    compile_s = 0.0
     if new:
         _check_horizons(name, declared, events)
+        # Here, so that workers find it on disk.
+        compile_s = compile_kernel(declared, labels=True)
         parts = sorted(events.select(storage.PART).unique().collect()[storage.PART])
         work = partial(_partition, declared, str(root), versions)
         frames = (
@@ -80,10 +84,12 @@ def build(
             target,
             pl.concat(list(frames)),
             mode="overwrite",
+            onto=onto,
             metadata={"made_of": made_of.hexdigest(), "sources": str(versions)},
         )
     else:
-        version = storage.version(root, target)
+        assert onto is not None
+        version = onto
     table = storage.scan(root, target, version)
     count = pl.len()
     return Built(
@@ -93,7 +99,8 @@ def build(
         # Beside the entity, the cutoff and the partition.
         columns=len(table.collect_schema()) - 3,
         new=new,
-        engine="polars" if lease is None else f"polars on {lease.workers} Dask workers",
+        engine=computed_by(declared) + (f" on {lease.workers} Dask workers" if lease else ""),
+        compile_s=compile_s,
     )
 
 
@@ -121,9 +128,8 @@ def with_lookups(
 
 def _partition(declared: Features, root: str, versions: dict[str, int], part: int) -> pl.DataFrame:
     events = scan_events(declared, root, versions).filter(pl.col(storage.PART) == part)
-    frame = compute(events, declared)
-    labels = [label(events, each, frame, declared) for each in declared.labels]
-    return frame.with_columns(*labels, pl.lit(part, dtype=pl.Int32).alias(storage.PART))
+    frame = compute(events, declared, labels=True)
+    return frame.with_columns(pl.lit(part, dtype=pl.Int32).alias(storage.PART))
 
 
 def _check_horizons(name: str, declared: Features, events: pl.LazyFrame) -> None:

@@ -65,6 +65,7 @@ class Ingested:
     alarms: tuple[Alarm, ...]
 
 
+@storage.retried
 def ingest(name: str, table: Table, root: str | Path, *, base: Path) -> Ingested:
     """Bring the table `name` up to its source files in at most one commit.
 
@@ -85,7 +86,8 @@ def ingest(name: str, table: Table, root: str | Path, *, base: Path) -> Ingested
     files = _files(name, table, base)
     prints = {file: _fingerprint(file) for file in files}
     declared = _digest(table.model_dump_json().encode())
-    before = storage.metadata(root, name) if storage.exists(root, name) else {}
+    onto = storage.latest(root, name)
+    before = {} if onto is None else storage.metadata(root, name, onto)
     known: dict[str, list[int | str]] = json.loads(before.get("files", "{}"))
     same = before.get("declaration") == declared and all(
         prints.get(file) == seen for file, seen in known.items()
@@ -112,6 +114,7 @@ def ingest(name: str, table: Table, root: str | Path, *, base: Path) -> Ingested
         name,
         storage.with_partition(frame.lazy(), table.entity, count),
         mode="append" if same else "overwrite",
+        onto=onto,
         metadata={
             "files": json.dumps(prints),
             "declaration": declared,

@@ -79,6 +79,7 @@ def feature_columns(target: Target, pipeline: Pipeline) -> list[FeatureColumn]:
     ]
 
 
+@storage.retried
 def assemble(
     name: str,
     pipeline: Pipeline,
@@ -107,10 +108,10 @@ def assemble(
     )
     made_of = blake2b(said.encode(), digest_size=16).hexdigest()
     table = f"training/{name}"
-    before = storage.metadata(root, table) if storage.exists(root, table) else {}
-    if before.get("made_of") == made_of:
-        kept = json.loads(before["assembled"])
-        return Assembled(**kept, version=storage.version(root, table), new=False)
+    onto = storage.latest(root, table)
+    before = {} if onto is None else storage.metadata(root, table, onto)
+    if onto is not None and before.get("made_of") == made_of:
+        return Assembled(**json.loads(before["assembled"]), version=onto, new=False)
 
     frame = _rows(target, pipeline, root, versions)
     for place, group in enumerate(target.features):
@@ -141,6 +142,7 @@ def assemble(
         table,
         frame.with_row_index(ROW).select(*told, CUTOFF, LABEL, SPLIT, *features, ROW),
         mode="overwrite",
+        onto=onto,
         metadata={"made_of": made_of, "assembled": json.dumps(made), "sources": str(versions)},
     )
     return Assembled(**made, version=version, new=True)  # type: ignore[arg-type]
@@ -250,7 +252,7 @@ def _features(
 ) -> pl.DataFrame:
     """The group's features at each row's own cutoff, in the rows' order."""
     keys = frame.select(declared.entity, cutoff=CUTOFF).with_row_index("_place")
-    count = int(storage.metadata(root, declared.table)["partitions"])
+    count = int(storage.metadata(root, declared.table, versions[declared.table])["partitions"])
     parted = storage.with_partition(keys.lazy(), declared.entity, count).collect()
     work = partial(_part_features, declared, str(root), versions)
     parts = [rows for _, rows in parted.group_by(storage.PART, maintain_order=True)]

@@ -35,6 +35,7 @@ class Validated:
     by_rule: dict[str, int]
 
 
+@storage.retried
 def validate(
     name: str, table: Table, root: str | Path, *, tables: Mapping[str, Table]
 ) -> Validated:
@@ -78,7 +79,7 @@ def validate(
     _check_rows(name, table, good.height)
     _check_freshness(name, table, good)
     if bad.height:
-        kept = storage.metadata(root, name)
+        kept = storage.metadata(root, name, version)
         own = ("files", "declaration", "partitions", "types", "alarms")
         _quarantine(name, root, bad, version)
         version = storage.write(
@@ -86,6 +87,7 @@ def validate(
             name,
             good,
             mode="overwrite",
+            onto=version,
             metadata={key: kept[key] for key in own if key in kept}
             | {"quarantined": str(bad.height)},
         )
@@ -173,14 +175,15 @@ def _quarantine(name: str, root: str | Path, bad: pl.DataFrame, version: int) ->
     target = f"quarantine/{name}"
     rows = bad.drop(storage.PART).with_columns(pl.lit(version, dtype=pl.Int64).alias("_version"))
     mode = "overwrite"
-    if storage.exists(root, target):
-        before = storage.metadata(root, target)
+    onto = storage.latest(root, target)
+    if onto is not None:
+        before = storage.metadata(root, target, onto)
         if before.get("table_version") == str(version):
             return  # A run that died before its rewrite has put these rows here.
         # A changed declaration starts the table anew; the versions before stay readable.
         if storage.scan(root, target).collect_schema() == rows.schema:
             mode = "append"
     storage.write(
-        root, target, rows, mode="append" if mode == "append" else "overwrite",
+        root, target, rows, mode="append" if mode == "append" else "overwrite", onto=onto,
         metadata={"table_version": str(version)},
     )  # fmt: skip

@@ -288,7 +288,9 @@ def _predict(
 ) -> np.ndarray:
     h = _scaled(scaling, x)
     for at, (w_io, b_1o) in enumerate(layers):
-        h = (h if at == 0 else np.maximum(h, 0)) @ w_io + b_1o
+        # Not a matrix product: BLAS sums in an order that depends on the other rows, and a row
+        # must score the same alone as among others.
+        h = np.einsum("bi,io->bo", h if at == 0 else np.maximum(h, 0), w_io) + b_1o
     # tanh, because exp overflows (with a warning) on a far negative logit.
     scores: np.ndarray = 0.5 * (1 + np.tanh(0.5 * h[:, 0].astype(np.float64)))
     return scores

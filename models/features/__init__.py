@@ -1,15 +1,26 @@
-"""Point-in-time features: declared in `spec`, computed in `engine`."""
+"""Point-in-time features: declared in `spec`, computed by a kernel made for the declaration."""
 
-from models.features.engine import FeatureError, compute, compute_at, label
+from models.features.events import FeatureError
 from models.features.spec import Feature, FeatureSpec, LabelSpec, cutoff_times, describe
+from models.features.tables import (
+    compile_kernel,
+    compute,
+    compute_at,
+    compute_parts,
+    computed_by,
+    label,
+)
 
 __all__ = [
     "Feature",
     "FeatureError",
     "FeatureSpec",
     "LabelSpec",
+    "compile_kernel",
     "compute",
     "compute_at",
+    "compute_parts",
+    "computed_by",
     "cutoff_times",
     "describe",
     "label",

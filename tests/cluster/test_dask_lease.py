@@ -23,6 +23,61 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             yield
 
 
+# The first two come before `held` takes two of the CPUs.
+
+
+def _until(held: Lease, workers: int) -> None:
+    deadline = time.monotonic() + 20
+    while held.workers != workers or len(_pids(held)) != workers:
+        assert time.monotonic() < deadline, f"{held.workers} workers, not {workers}"
+        time.sleep(0.1)
+
+
+def test_adapts_to_the_work_and_the_room() -> None:
+    def slowly(part: int) -> int:
+        time.sleep(0.2)
+        return part + 1
+
+    with lease(workers=1) as adapting:
+        with pytest.raises(LeaseError, match="minimum=3, maximum=2"):
+            adapting.adapt(minimum=3, maximum=2)
+        adapting.adapt(minimum=1, maximum=5, backlog_s=0.3, idle_s=0.3, interval_s=0.1)
+        with pytest.raises(LeaseError, match="adapts already"):
+            adapting.adapt(minimum=1, maximum=2)
+        results = map_partitions(slowly, range(40), adapting)
+        got = [next(results)]
+        # Five are allowed, and the cluster has room for three.
+        while adapting.workers < 3:
+            got.append(next(results))
+        got += results
+        assert got == [part + 1 for part in range(40)]
+        _until(adapting, 1)
+        assert list(map_partitions(slowly, range(3), adapting)) == [1, 2, 3]
+
+
+def test_retires_idle_workers_before_busy_ones() -> None:
+    def pid_later() -> int:
+        time.sleep(0.5)
+        return os.getpid()
+
+    with lease(workers=2) as shrinking:
+        pids = shrinking.client.run(os.getpid)
+        for _ in range(2):
+            # The newest, which would be the first to go if all were idle.
+            (busy, pid) = list(pids.items())[-1]
+            future = shrinking.client.submit(
+                pid_later, workers=[busy], allow_other_workers=True, pure=False
+            )
+            while not any(shrinking.client.processing().values()):
+                time.sleep(0.01)
+            shrinking.scale(1)
+            assert set(shrinking.client.run(os.getpid)) == {busy}
+            assert future.result() == pid
+            shrinking.scale(2)
+            now = shrinking.client.run(os.getpid)
+            pids = {busy: pid} | {address: now[address] for address in now if address != busy}
+
+
 @pytest.fixture(scope="module")
 def held(session: None) -> Iterator[Lease]:
     with lease(workers=2) as held:

@@ -48,7 +48,7 @@ targets:
     rows: {table: mailings, cutoff: sent}
     features: [buys]
     label: {event: answers, keys: [customer, mailing], time: at, until: ends}
-    split: {validate_from: 2024-03-20, test_from: 2024-04-10}
+    split: {validate_from: 2024-03-10, test_from: 2024-04-10}
 sweep:
   families:
     boosting: {packs: 2, pack_size: 2, settings: {rounds: [5, 10], l2: {min: 0.5, max: 5.0}}}

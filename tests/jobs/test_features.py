@@ -46,7 +46,7 @@ def root(tmp_path: Path) -> Path:
     products = pl.DataFrame({"product": range(4), "kind": ["tea", "salt", "tea", "oil"]})
     for name, frame, entity in (("orders", orders, "customer"), ("products", products, None)):
         parted = storage.with_partition(frame.lazy(), entity, 4)
-        storage.write(tmp_path, name, parted, mode="error", metadata={})
+        storage.write(tmp_path, name, parted, mode="overwrite", onto=None, metadata={})
     return tmp_path
 
 
@@ -66,7 +66,7 @@ def test_the_same_here_and_over_dask_workers(root: Path, lease: dask_lease.Lease
     # Another declaration in between, so that the first is not just found again.
     build("orders", DECLARED.model_copy(update={"windows": ["7d"]}), root)
     spread = build("orders", DECLARED, root, lease=lease)
-    assert (spread.new, spread.engine) == (True, "polars on 2 Dask workers")
+    assert (spread.new, spread.engine) == (True, "kernel on 2 Dask workers")
     assert table(root, spread.version).equals(alone)
     assert alone.height == here.rows > 150
     assert set(alone["lapse_10d"].unique()) == {0, 1}

@@ -126,6 +126,15 @@ def test_every_family_learns_repeats_and_pickles(data, family):
     assert FAMILIES[family]([], data) == []
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_row_scores_the_same_alone_as_among_others(data, family):
+    (fitted,) = FAMILIES[family]([{"family": family}], data)
+    whole = fitted.predict(data.x_valid)
+    alone = [fitted.predict(row[None])[0] for row in data.x_valid[:40]]
+    np.testing.assert_array_equal(alone, whole[:40])
+    np.testing.assert_array_equal(fitted.predict(data.x_valid[100:333]), whole[100:333])
+
+
 def test_packs_group_what_shares_work():
     short, long = {"family": "boosting", "rounds": 5}, {"family": "boosting", "rounds": 50}
     deep = {"family": "boosting", "rounds": 5, "depth": 9}

@@ -183,6 +183,7 @@ print(card.version, *scorer.score(pl.read_parquet("rows.parquet")).tolist())
 """
 
 
+@pytest.mark.parametrize("uri", ["sqlite"], indirect=True)
 def test_a_champion_loads_in_another_process_and_folder(
     registry: Registry,
     uri: str,
@@ -434,7 +435,7 @@ def test_a_killed_sweep_goes_on_in_its_parent_and_backfills(
     process.stdout.readline()
     from mlflow.tracking import MlflowClient
 
-    for _ in range(200):
+    for _ in range(600):
         found = MlflowClient(uri).get_experiment_by_name(name)
         if len(MlflowClient(uri).search_runs([found.experiment_id])) > 3:
             break

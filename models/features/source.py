@@ -1,0 +1,549 @@
+"""The source text of a declaration's kernel.
+
+`scan` walks one entity's sorted events once and writes every feature at every cutoff. It is plain
+scalar Python over arrays, so that the same text compiles for CPU threads (`numba.njit`) and for
+CUDA (`numba.cuda`, a thread an entity). Its cost is events + rows, whatever the windows hold:
+
+- sums are differences of prefix sums, kept as unevaluated pairs of doubles (T. Ogita, S. M. Rump,
+  S. Oishi, "Accurate sum and dot product", SIAM J. Sci. Comput. 26, 2005; products by T. J.
+  Dekker's splitting, Numer. Math. 18, 1971), so that a difference is as good as summing anew;
+- min and max are the first entry of a monotone stack inside the window: one stack serves all
+  windows, and each window's place in it only moves forward between pushes;
+- distinct values are counted by a bit an event, set while it is the last one of its value:
+  the window's number of values is the number of bits set in it.
+
+Knows nothing of tables, files or compilers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from models.features.spec import Feature, FeatureSpec, describe
+
+# Aggregations the kernel has; a feature of any other is left to the Polars form.
+KNOWN = frozenset(
+    {
+        "count", "sum", "mean", "min", "max", "std", "distinct", "share", "trend",
+        "recency", "tenure", "gap_mean", "gap_std", "gap_max", "overdue",
+    }
+)  # fmt: skip
+
+HEADER = '''"""Written by models.features.source, for one declaration."""
+import math
+
+import numpy as np
+
+NAN = math.nan
+DAY_US = 86_400_000_000.0
+SPLIT = 134_217_729.0
+
+
+@device
+def sum_error(a, b, s):
+    """What s = a + b lost."""
+    v = s - a
+    return (a - (s - v)) + (b - v)
+
+
+@device
+def product_error(a, b, p):
+    """What p = a * b lost."""
+    c = SPLIT * a
+    ah = c - (c - a)
+    al = a - ah
+    c = SPLIT * b
+    bh = c - (c - b)
+    bl = b - bh
+    return ((ah * bh - p) + ah * bl + al * bh) + al * bl
+
+
+@device
+def spread(n, h, l, h2, l2):
+    """Sample standard deviation from the number, the sum h + l and the sum of squares h2 + l2."""
+    if n < 2:
+        return NAN
+    a = n * h2
+    b = h * h
+    lost = product_error(float(n), h2, a) - product_error(h, h, b) + n * l2 - 2.0 * h * l
+    v = (a - b) + lost
+    return math.sqrt(v / (n * (n - 1.0))) if v > 0.0 else 0.0
+
+
+@device
+def bits_set(word):
+    """Number of set bits."""
+    word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    word = (word & np.uint64(0x3333333333333333)) + (
+        (word >> np.uint64(2)) & np.uint64(0x3333333333333333)
+    )
+    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
+
+
+@device
+def bits_between(bits, row, z, s, e):
+    """Number of set bits in s:e; none is set from e on."""
+    if s >= e:
+        return 0
+    first = s >> 6
+    n = bits_set(bits[row, z + first] >> np.uint64(s & 63))
+    for k in range(first + 1, ((e - 1) >> 6) + 1):
+        n += bits_set(bits[row, z + k])
+    return n
+
+'''
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a declaration's kernel reads and writes, in the order of its arrays' rows.
+
+    Attributes:
+        features: the ones it computes, in output order.
+        windows: durations, in the order of the rows of `starts`.
+        horizons: labels' days, in the order of the rows of `ends`.
+        measures: names.
+        distinct: names.
+        categories: names.
+        filters: names.
+        sums: prefix sums, as (measure, square, filter).
+        stacks: (measure, "min" or "max").
+        slots: a category's first row in the running sums by slot, and their total number.
+    """
+
+    features: Sequence[Feature]
+    windows: Sequence[str]
+    horizons: Sequence[int]
+    measures: Sequence[str]
+    distinct: Sequence[str]
+    categories: Sequence[str]
+    filters: Sequence[str]
+    sums: Sequence[tuple[str, bool, str | None]]
+    stacks: Sequence[tuple[str, str]]
+    slots: Sequence[int]
+    total_slots: int
+
+    @property
+    def doubles(self) -> int:
+        """Scratch doubles an event."""
+        return 2 * len(self.sums)
+
+    @property
+    def ints(self) -> int:
+        """Scratch ints an event: counts of each measure, then of each filter."""
+        return len(self.measures) + len(self.filters)
+
+
+def shape(spec: FeatureSpec, *, labels: bool) -> Shape:
+    """Lists what the kernel of a declaration needs.
+
+    Args:
+        spec: the declaration.
+        labels: whether the labels are written too.
+    """
+    features = [f for f in describe(spec) if f.aggregation in KNOWN]
+    windows = {w: None for f in features for w in (f.window, f.long) if w}
+    sums: dict[tuple[str, bool, str | None], None] = {}
+    stacks: dict[tuple[str, str], None] = {}
+    first = next(iter(spec.measures), None)
+    for f in features:
+        measure = first if f.aggregation == "share" else f.subject
+        if f.aggregation in ("sum", "mean", "std", "share") or (
+            f.aggregation == "trend" and measure
+        ):
+            sums[(str(measure), False, f.filter)] = None
+        if f.aggregation == "std":
+            sums[(str(measure), True, f.filter)] = None
+        if f.aggregation in ("min", "max"):
+            stacks[(str(measure), f.aggregation)] = None
+    wanted = spec.labels if labels else []
+    for label in wanted:
+        if label.measure is not None:
+            sums[(label.measure, False, None)] = None
+    slots, total = [], 0
+    for category in spec.categories.values():
+        slots.append(total)
+        total += len(category.values) + 1
+    return Shape(
+        features=features,
+        windows=list(windows),
+        horizons=sorted({label.horizon_days for label in wanted}),
+        measures=list(spec.measures),
+        distinct=list(spec.distinct),
+        categories=list(spec.categories),
+        filters=[f.name for f in spec.filters],
+        sums=list(sums),
+        stacks=list(stacks),
+        slots=slots,
+        total_slots=total,
+    )
+
+
+def source(spec: FeatureSpec, made: Shape, device: str) -> str:
+    """The kernel's module.
+
+    Args:
+        spec: the declaration.
+        made: its shape.
+        device: "cpu" or "cuda".
+    """
+    imports = {
+        "cpu": 'from numba import njit\n\ndevice = njit(nogil=True, error_model="numpy")\n',
+        "cuda": "from numba import cuda\n\ndevice = cuda.jit(device=True)\n",
+    }[device]
+    head, rest = HEADER.split("NAN = ", 1)
+    driver = {"cpu": _CPU, "cuda": _CUDA}[device].format(
+        doubles=max(made.doubles, 1),
+        ints=max(made.ints, 1),
+        stacks=max(len(made.stacks), 1),
+        distinct=max(len(made.distinct), 1),
+        slots=max(made.total_slots, 1),
+    )
+    return head + imports + "\nNAN = " + rest + "\n" + _Writer(spec, made).scan() + driver
+
+
+_ARGUMENTS = "cuts, starts, ends, t, m, previous, slot, flags"
+
+_CPU = f'''
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def run(first, last, row, own, bounds, cut_at, longest, {_ARGUMENTS}, who, out, outi):
+    """Writes the rows of the entities first:last, from `row` on.
+
+    own: 0 if all have the same cutoffs, 1 if entity e's are cuts[cut_at[e]:cut_at[e + 1]].
+    """
+    fs = np.empty((longest + 1, {{doubles}}), np.float64)
+    ints = np.empty((longest + 1, {{ints}}), np.int32)
+    stack = np.empty((longest + 1, {{stacks}}), np.int32)
+    bits = np.empty(({{distinct}}, longest // 64 + 1), np.uint64)
+    acc = np.empty(({{slots}}, 2), np.float64)
+    for e in range(first, last):
+        s0 = bounds[e]
+        s1 = bounds[e + 1]
+        if own:
+            c0 = cut_at[e]
+            c1 = cut_at[e + 1]
+        else:
+            c0 = 0
+            c1 = cuts.size
+            if s0 == s1:
+                c0 = c1
+            while c0 < c1 and cuts[c0] <= t[s0]:
+                c0 += 1
+        if c0 == c1:
+            continue
+        for c in range(c1 - c0):
+            who[row + c] = e
+        scan(
+            s0, s1, c0, c1, row, 0, 0, {_ARGUMENTS},
+            fs, ints, stack, bits, acc, out, outi,
+        )
+        row += c1 - c0
+    return row
+'''
+
+_CUDA = f'''
+
+@cuda.jit
+def run(rows, own, bounds, cut_at, {_ARGUMENTS}, fs, ints, stack, bits, out, outi):
+    """A thread an entity; entity e's rows start at rows[e]."""
+    e = cuda.grid(1)
+    if e >= bounds.size - 1:
+        return
+    acc = cuda.local.array(({{slots}}, 2), np.float64)
+    s0 = bounds[e]
+    s1 = bounds[e + 1]
+    if own:
+        c0 = cut_at[e]
+        c1 = cut_at[e + 1]
+    else:
+        c1 = cuts.size
+        c0 = c1 - (rows[e + 1] - rows[e])
+    if c0 < c1:
+        scan(
+            s0, s1, c0, c1, rows[e], s0 + e, (s0 >> 6) + e, {_ARGUMENTS},
+            fs, ints, stack, bits, acc, out, outi,
+        )
+'''
+
+
+class _Writer:
+    """Writes `scan` for one declaration."""
+
+    def __init__(self, spec: FeatureSpec, made: Shape) -> None:
+        self.spec, self.made = spec, made
+        self.lines: list[str] = []
+        self.level = 1
+        self.known: set[str] = set()
+
+    def put(self, text: str = "", deeper: int = 0) -> None:
+        for line in text.strip("\n").splitlines():
+            self.lines.append("    " * (self.level + deeper) + line if line else "")
+
+    def scan(self) -> str:
+        self.lines = [
+            "@device",
+            "def scan(",
+            f"    s0, s1, c0, c1, row, z, zw, {_ARGUMENTS},",
+            "    fs, ints, stack, bits, acc, out, outi,",
+            "):",
+        ]
+        self.put("n = s1 - s0")
+        self._prefixes()
+        self._begin()
+        self.put("for c in range(c0, c1):")
+        self.level = 2
+        self.put("cut = cuts[c]")
+        self._advance()
+        self._windows()
+        self._emit()
+        self.put("row += 1")
+        return "\n".join(self.lines) + "\n"
+
+    def _prefixes(self) -> None:
+        """Prefix sums and counts of all the entity's events."""
+        made = self.made
+        if not made.doubles and not made.ints:
+            return
+        for q in range(len(made.sums)):
+            self.put(f"h{q} = 0.0\nl{q} = 0.0\nfs[z, {2 * q}] = 0.0\nfs[z, {2 * q + 1}] = 0.0")
+        for i in range(made.ints):
+            self.put(f"n{i} = 0\nints[z, {i}] = 0")
+        self.put("for i in range(n):")
+        self.level = 2
+        if made.filters:
+            self.put("flag = int(flags[s0 + i])")
+        for f in range(len(made.filters)):
+            self.put(f"n{len(made.measures) + f} += (flag >> {f}) & 1")
+        for j, measure in enumerate(made.measures):
+            self.put(f"x = m[{j}, s0 + i]\nif x == x:\n    n{j} += 1")
+            for q, (name, square, chosen) in enumerate(made.sums):
+                if name != measure:
+                    continue
+                deeper = 1
+                if chosen is not None:
+                    self.put(f"if (flag >> {made.filters.index(chosen)}) & 1:", 1)
+                    deeper = 2
+                term = "x"
+                if square:
+                    term = "p"
+                    self.put(f"p = x * x\nl{q} += product_error(x, x, p)", deeper)
+                self.put(f"s = h{q} + {term}\nl{q} += sum_error(h{q}, {term}, s)\nh{q} = s", deeper)
+        for q in range(len(made.sums)):
+            self.put(f"fs[z + i + 1, {2 * q}] = h{q}\nfs[z + i + 1, {2 * q + 1}] = l{q}")
+        for i in range(made.ints):
+            self.put(f"ints[z + i + 1, {i}] = n{i}")
+        self.level = 1
+
+    def _has(self, *kinds: str) -> bool:
+        return any(f.aggregation in kinds for f in self.made.features)
+
+    def _begin(self) -> None:
+        made = self.made
+        self.put("e = 0")
+        for w in range(len(made.windows)):
+            self.put(f"p{w} = 0")
+            for k in range(len(made.stacks)):
+                self.put(f"k{k}_{w} = 0")
+        for k in range(len(made.stacks)):
+            self.put(f"depth{k} = 0\nlow{k} = 0")
+        for d in range(len(made.distinct)):
+            self.put(f"seen{d} = 0")
+        for y in range(len(made.horizons)):
+            self.put(f"y{y} = 0")
+        if made.categories:
+            self.put(
+                f"for i in range({made.total_slots}):\n    acc[i, 0] = 0.0\n    acc[i, 1] = 0.0"
+            )
+        if self._has("gap_max"):
+            self.put("gap_max = NAN")
+        if self._has("gap_std"):
+            self.put("gap_h = 0.0\ngap_l = 0.0")
+
+    def _advance(self) -> None:
+        """Running state over the events before the cutoff."""
+        made = self.made
+        self.put("while e < n and t[s0 + e] < cut:")
+        self.level = 3
+        if self._has("gap_max", "gap_std"):
+            self.put("if e > 0:\n    g = float(t[s0 + e] - t[s0 + e - 1])")
+            if self._has("gap_max"):
+                self.put("if not gap_max >= g:\n    gap_max = g", 1)
+            if self._has("gap_std"):
+                self.put(
+                    "p = g * g\ns = gap_h + p\n"
+                    "gap_l += sum_error(gap_h, p, s) + product_error(g, g, p)\ngap_h = s",
+                    1,
+                )
+        for d in range(len(made.distinct)):
+            self.put(
+                f"""
+if e & 63 == 0:
+    bits[{d}, zw + (e >> 6)] = np.uint64(0)
+before = int(previous[{d}, s0 + e])
+if before > -2:
+    bits[{d}, zw + (e >> 6)] |= np.uint64(1) << np.uint64(e & 63)
+    if before >= 0:
+        bits[{d}, zw + (before >> 6)] ^= np.uint64(1) << np.uint64(before & 63)
+    else:
+        seen{d} += 1
+"""
+            )
+        shares = bool(made.categories)
+        for j, measure in enumerate(made.measures):
+            stacks = [(k, how) for k, (name, how) in enumerate(made.stacks) if name == measure]
+            if not stacks and not (shares and j == 0):
+                continue
+            self.put(f"x = m[{j}, s0 + e]\nif x == x:")
+            if shares and j == 0:
+                for k, base in enumerate(made.slots):
+                    self.put(
+                        f"i = {base} + int(slot[{k}, s0 + e])\n"
+                        "h = acc[i, 0]\ns = h + x\n"
+                        "acc[i, 1] += sum_error(h, x, s)\nacc[i, 0] = s",
+                        1,
+                    )
+            for k, how in stacks:
+                worse = "<=" if how == "max" else ">="
+                self.put(
+                    f"while depth{k} > 0 and m[{j}, s0 + stack[z + depth{k} - 1, {k}]] {worse} x:\n"
+                    f"    depth{k} -= 1\n"
+                    f"stack[z + depth{k}, {k}] = e\n"
+                    f"if depth{k} < low{k}:\n    low{k} = depth{k}\n"
+                    f"depth{k} += 1",
+                    1,
+                )
+        self.put("e += 1")
+        self.level = 2
+
+    def _windows(self) -> None:
+        made = self.made
+        for w in range(len(made.windows)):
+            self.put(f"while p{w} < e and t[s0 + p{w}] < starts[{w}, c]:\n    p{w} += 1")
+            for k in range(len(made.stacks)):
+                self.put(
+                    f"if k{k}_{w} > low{k}:\n    k{k}_{w} = low{k}\n"
+                    f"while k{k}_{w} < depth{k} and stack[z + k{k}_{w}, {k}] < p{w}:\n"
+                    f"    k{k}_{w} += 1"
+                )
+        for k in range(len(made.stacks)):
+            self.put(f"low{k} = depth{k}")
+        for y in range(len(made.horizons)):
+            self.put(f"while y{y} < n and t[s0 + y{y}] < ends[{y}, c]:\n    y{y} += 1")
+
+    def _emit(self) -> None:
+        self.known = set()
+        for i, feature in enumerate(self.made.features):
+            target = "outi" if feature.dtype == "Int32" else "out"
+            self.put(f"{target}[{i}, row] = {self._value(feature)}")
+        labels = self.spec.labels if self.made.horizons else []
+        for i, label in enumerate(labels, len(self.made.features)):
+            y = self.made.horizons.index(label.horizon_days)
+            if label.kind == "sum":
+                h, low = self._sum(str(label.measure), False, None, f"y{y}", "e", f"y{y}")
+                self.put(f"out[{i}, row] = {h} + {low}")
+            else:
+                test = {"none": " == 0", "any": " > 0", "count": ""}[label.kind]
+                self.put(f"outi[{i}, row] = int(y{y} - e{test})")
+
+    def _once(self, name: str, text: str) -> str:
+        """Writes `name = text` unless this row has it already."""
+        if name not in self.known:
+            self.known.add(name)
+            self.put(f"{name} = {text}")
+        return name
+
+    def _sum(
+        self, measure: str, square: bool, chosen: str | None, tag: str, start: str, end: str
+    ) -> tuple[str, str]:
+        """Names of the pair of doubles that a measure's events start:end sum to."""
+        q = self.made.sums.index((measure, square, chosen))
+        names = f"wh{q}_{tag}", f"wl{q}_{tag}"
+        if names[0] not in self.known:
+            a, al = f"eh{q}_{end}", f"el{q}_{end}"
+            self._once(a, f"fs[z + {end}, {2 * q}]")
+            self._once(al, f"fs[z + {end}, {2 * q + 1}]")
+            if start == "0":
+                return a, al
+            b, bl = f"fs[z + {start}, {2 * q}]", f"fs[z + {start}, {2 * q + 1}]"
+            self._once(names[0], f"{a} - {b}")
+            self._once(names[1], f"({al} - {bl}) + sum_error({a}, -{b}, {names[0]})")
+        return names
+
+    def _number(self, column: int, tag: str, start: str) -> str:
+        """Name of the number of counted events in start:e."""
+        name = f"wn{column}_{tag}"
+        end = self._once(f"en{column}", f"ints[z + e, {column}]")
+        return end if start == "0" else self._once(name, f"{end} - ints[z + {start}, {column}]")
+
+    def _value(self, feature: Feature) -> str:
+        """The expression of a feature; writes what it needs first."""
+        made, how = self.made, feature.aggregation
+        tag, start = self._window(feature.window)
+        timing = {
+            "recency": ("0", "(cut - t[s0 + e - 1]) / DAY_US"),
+            "tenure": ("0", "(cut - t[s0]) / DAY_US"),
+            "gap_mean": ("1", "(t[s0 + e - 1] - t[s0]) / (DAY_US * (e - 1))"),
+            "gap_max": ("1", "gap_max / DAY_US"),
+            "gap_std": (
+                "2",
+                "spread(e - 1, float(t[s0 + e - 1] - t[s0]), 0.0, gap_h, gap_l) / DAY_US",
+            ),
+        }
+        if how in timing:
+            least, text = timing[how]
+            return f"{text} if e > {least} else NAN"
+        if how == "overdue":
+            return (
+                "(cut - t[s0 + e - 1]) / ((t[s0 + e - 1] - t[s0]) / (e - 1.0)) "
+                "if e > 1 and t[s0 + e - 1] > t[s0] else NAN"
+            )
+        if how == "share":
+            h, low = self._sum(made.measures[0], False, None, "L", "0", "e")
+            whole = self._once("whole", f"{h} + {low}")
+            k = list(made.categories).index(str(feature.subject))
+            i = made.slots[k] + self.spec.categories[str(feature.subject)].values.index(
+                feature.value  # type: ignore[arg-type]
+            )
+            return f"(acc[{i}, 0] + acc[{i}, 1]) / {whole} if {whole} != 0.0 else NAN"
+        if how == "trend":
+            parts = []
+            for window in (feature.window, feature.long):
+                tag, start = self._window(window)
+                if feature.subject is None:
+                    parts.append(self._once(f"count{tag}", f"e - {start}"))
+                else:
+                    h, low = self._sum(feature.subject, False, None, tag, start, "e")
+                    j = list(made.measures).index(feature.subject)
+                    parts.append(self._once(f"sum{j}_{tag}", f"{h} + {low}"))
+            return f"{parts[0]} / {parts[1]} if {parts[1]} != 0 else NAN"
+        if how == "count":
+            if feature.filter is not None:
+                column = len(made.measures) + list(made.filters).index(feature.filter)
+                return self._number(column, tag, start)
+            return f"e - {start}"
+        if how == "distinct":
+            d = list(made.distinct).index(str(feature.subject))
+            return f"seen{d}" if start == "0" else f"bits_between(bits, {d}, zw, {start}, e)"
+        measure = str(feature.subject)
+        j = list(made.measures).index(measure)
+        if how in ("min", "max"):
+            k = list(made.stacks).index((measure, how))
+            at = "0" if start == "0" else f"k{k}_{tag}"
+            return f"m[{j}, s0 + stack[z + {at}, {k}]] if {at} < depth{k} else NAN"
+        h, low = self._sum(measure, False, feature.filter, tag, start, "e")
+        if how == "sum":
+            return f"{h} + {low}"
+        number = self._number(j, tag, start)
+        if how == "mean":
+            return f"({h} + {low}) / {number} if {number} > 0 else NAN"
+        assert how == "std"
+        h2, low2 = self._sum(measure, True, None, tag, start, "e")
+        return f"spread({number}, {h}, {low}, {h2}, {low2})"
+
+    def _window(self, window: str | None) -> tuple[str, str]:
+        """A window's tag in names, and the variable of its first event."""
+        if window is None:
+            return "L", "0"
+        w = list(self.made.windows).index(window)
+        return str(w), f"p{w}"

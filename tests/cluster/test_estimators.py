@@ -1,0 +1,78 @@
+"""Estimators: the CPU's here, both where there is a GPU."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import adjusted_rand_score, roc_auc_score
+
+from cluster import estimators
+from cluster.device import Device, choose
+from models.forest import DEFAULTS, sklearn_forest
+
+DEVICES = [
+    pytest.param("cpu", id="cpu"),
+    pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Device:
+    if request.param == "cuda" and choose("auto").kind != "cuda":
+        pytest.skip(f"needs CUDA: {choose('auto').reason}")
+    return choose(request.param)
+
+
+@pytest.fixture(scope="module")
+def rows() -> tuple[np.ndarray, np.ndarray]:
+    """(2000, 5) float32 and (2000,) int32, a known linear rule with noise."""
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(2000, 5)).astype(np.float32)
+    log_odds = 2 * x[:, 0] - x[:, 1] + 0.5
+    y = (rng.random(2000) < 1 / (1 + np.exp(-log_odds))).astype(np.int32)
+    return x, y
+
+
+def test_the_forest_is_the_factory_of_the_forest_family(device: Device) -> None:
+    made = estimators.forest(device, **DEFAULTS)
+    if device.kind == "cpu":
+        assert made.get_params() == sklearn_forest(**DEFAULTS).get_params()
+    assert made.get_params()["max_depth"] == DEFAULTS["depth"]
+
+
+def test_a_forest_ranks_and_repeats(device: Device, rows: tuple[np.ndarray, np.ndarray]) -> None:
+    x, y = rows
+    settings = {"trees": 40, "depth": 6, "min_leaf": 5, "feature_share": 1}
+    first, second, other = (
+        estimators.forest(device, **settings, seed=seed).fit(x[:1000], y[:1000]).predict_proba(x)
+        for seed in (1, 1, 2)
+    )
+    assert first.shape == (2000, 2)
+    np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(first, other)
+    # The rule's own AUC on these rows is 0.870.
+    assert roc_auc_score(y[1000:], first[1000:, 1]) > 0.84
+
+
+def test_kmeans_finds_clusters_that_are_there(device: Device) -> None:
+    rng = np.random.default_rng(5)
+    centers = np.array([[0, 0], [8, 0], [0, 8]], dtype=np.float32)
+    truth = np.repeat([0, 1, 2], 300)
+    x = (centers[truth] + rng.normal(size=(900, 2))).astype(np.float32)
+    fitted = estimators.kmeans(device, clusters=3, seed=1, restarts=3).fit(x)
+    assert adjusted_rand_score(truth, fitted.predict(x)) > 0.99
+    found = fitted.cluster_centers_[np.argsort(fitted.cluster_centers_.sum(axis=1))]
+    np.testing.assert_allclose(found[0], [0, 0], atol=0.3)
+    assert fitted.inertia_ == pytest.approx(2 * 900, rel=0.15)
+
+
+@pytest.mark.parametrize("strength", [0.1, 50.0])
+def test_logistic_minimises_the_stated_loss(
+    device: Device, strength: float, rows: tuple[np.ndarray, np.ndarray]
+) -> None:
+    x, y = rows
+    fitted = estimators.logistic(device, strength=strength).fit(x, y)
+    coefficients = np.asarray(fitted.coef_, dtype=np.float64).ravel()
+    error = np.asarray(fitted.predict_proba(x), dtype=np.float64)[:, 1] - y
+    # At the minimum the gradient is 0; its terms are some hundreds large.
+    gradient = x.T.astype(np.float64) @ error + strength * coefficients
+    assert np.abs(gradient).max() < 2
+    assert abs(error.sum()) < 2
