@@ -311,8 +311,37 @@ def lease(
         held._close()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """A Dask cluster that was there before and stays, such as an environment's standing lease."""
+
+    client: Any
+    workers: int
+
+
+@contextmanager
+def attach(address: str) -> Iterator[Standing]:
+    """Connects to a Dask cluster, and on exit ends the connection only.
+
+    Args:
+        address: The scheduler's, `tcp://host:port`.
+
+    Raises:
+        LeaseError: It has no workers.
+        OSError: It doesn't answer.
+    """
+    from distributed import Client
+
+    connect: Any = Client
+    with connect(address, timeout=10, set_as_default=False) as client:
+        workers = len(client.scheduler_info(n_workers=-1)["workers"])
+        if not workers:
+            raise LeaseError(f"the Dask cluster at {address} has no workers; add some, or wait")
+        yield Standing(client=client, workers=workers)
+
+
 def map_partitions(
-    function: Callable[[Any], Any], parts: Iterable[Any], lease: Lease
+    function: Callable[[Any], Any], parts: Iterable[Any], lease: Lease | Standing
 ) -> Iterator[Any]:
     """Runs `function` over each part on the lease; results come in the order of the parts.
 

@@ -101,6 +101,7 @@ def up(
         head, fresh = _start_head(states, cpus)
         ray_address = f"{_option(head, 'node-ip-address')}:{_option(head, 'port')}"
         here = embedded(home)
+        file = file_of("local", home)
         without_dask = Environment(
             name="local",
             ray_address=ray_address,
@@ -108,9 +109,8 @@ def up(
             dashboard_url=_dashboard(head),
             tracking_uri=here.tracking_uri,
             storage_root=here.storage_root,
-            serve_url=None,
+            serve_url=_serve_url(file),
         )
-        file = file_of("local", home)
         try:
             lease = _start_lease(states, ray_address, dask_workers, fresh)
         except BaseException:
@@ -332,6 +332,15 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for each in held:
             each.close()
+
+
+def _serve_url(file: Path) -> str:
+    """Where a run's serve step serves: the address from before, else one on a free port."""
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8")).get("serve_url")
+        if kept is not None:
+            return str(kept)
+    return f"http://127.0.0.1:{_free_ports(1)[0]}"
 
 
 def _write(environment: Environment, file: Path) -> None:

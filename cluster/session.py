@@ -7,7 +7,9 @@ listen on every interface: the token, and a firewall, keep others out.
 
 import os
 import secrets
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +74,8 @@ def connect(*, address: str | None = None, cpus: int | None = None) -> Iterator[
         yield _describe(started=False)
         return
     authenticate(make=address is None)
+    in_main = threading.current_thread() is threading.main_thread()
+    on_term = signal.getsignal(signal.SIGTERM) if in_main else None
     if address is None:
         # "local" and not None: RAY_ADDRESS in the environment would otherwise win.
         ray.init(
@@ -84,6 +88,9 @@ def connect(*, address: str | None = None, cpus: int | None = None) -> Iterator[
         )
     else:
         ray.init(address=address, log_to_driver=False, configure_logging=False)
+    if on_term is not None:
+        # Ray has put its own in, which exits without a word to the caller.
+        signal.signal(signal.SIGTERM, on_term)
     try:
         yield _describe(started=address is None)
     finally:

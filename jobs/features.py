@@ -47,7 +47,11 @@ class Built:
 
 @storage.retried
 def build(
-    name: str, declared: Features, root: str | Path, *, lease: dask_lease.Lease | None = None
+    name: str,
+    declared: Features,
+    root: str | Path,
+    *,
+    lease: dask_lease.Lease | dask_lease.Standing | None = None,
 ) -> Built:
     """Bring the table `features/NAME` up to its events in at most one commit.
 
@@ -63,7 +67,7 @@ def build(
         storage.StorageError: A table can't be read or written.
     """
     target = f"features/{name}"
-    sources = [declared.table, *(lookup.table for lookup in declared.lookups)]
+    sources = [declared.table, *(lookup.table for lookup in declared.lookups), *declared.tables]
     versions = {source: storage.version(root, source) for source in sources}
     made_of = blake2b(f"{versions} {declared.model_dump_json()}".encode(), digest_size=16)
     events = storage.scan(root, declared.table, versions[declared.table])
@@ -128,7 +132,15 @@ def with_lookups(
 
 def _partition(declared: Features, root: str, versions: dict[str, int], part: int) -> pl.DataFrame:
     events = scan_events(declared, root, versions).filter(pl.col(storage.PART) == part)
-    frame = compute(events, declared, labels=True)
+    # The partitions of other tables may be others: their entities are looked up.
+    entities = events.select(declared.entity).unique().collect().lazy()
+    tables = {
+        name: storage.scan(root, name, versions[name]).join(
+            entities, on=declared.entity, how="semi"
+        )
+        for name in declared.tables
+    }
+    frame = compute(events, declared, labels=True, tables=tables)
     return frame.with_columns(pl.lit(part, dtype=pl.Int32).alias(storage.PART))
 
 

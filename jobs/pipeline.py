@@ -52,7 +52,8 @@ def execute(
         base: Folder that relative source paths start from.
         console: Where progress is shown.
         dask_workers: Workers of a Dask cluster leased from Ray that features are spread over; 0
-            computes them in this process; None decides by the number of events.
+            computes them in this process; None takes the environment's standing lease, and where
+            there is none decides by the number of events.
 
     Returns:
         The run, `finished`. On an error it is written as `failed` or `interrupted`, and the error
@@ -110,9 +111,12 @@ class _Work:
         return self._session
 
     @cached_property
-    def lease(self) -> dask_lease.Lease | None:
+    def lease(self) -> dask_lease.Lease | dask_lease.Standing | None:
         """Dask workers for the features, if any are wanted."""
+        standing = self.environment.dask_address
         workers = self.dask_workers
+        if standing is not None and workers is None:
+            return self._stack.enter_context(dask_lease.attach(standing))
         if workers is None:
             validated = self.run.step("validate").detail
             events = sum(validated[each.table]["rows"] for each in self.pipeline.features.values())
@@ -265,13 +269,15 @@ class _Work:
         self.connect()
         wanted = urlsplit(self.environment.serve_url or "")
         with self.console.status("starting Ray Serve"):
+            # A cluster that stays serves every champion; this run's own, its models.
+            stays = self.environment.ray_address is not None
             url = app.serve(
                 self.environment.tracking_uri,
                 host=wanted.hostname or "127.0.0.1",
                 port=wanted.port or _free_port(),
-                models=list(self.pipeline.targets),
+                models=None if stays else list(self.pipeline.targets),
             )
-        if self.environment.ray_address is None:
+        if not stays:
             self._stack.callback(app.stop)
         scored: dict[str, list[dict[str, Any]]] = {}
         for name in self.pipeline.targets:

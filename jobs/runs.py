@@ -121,6 +121,20 @@ def start(root: Path, *, pipeline: str, seed: int) -> Run:
     return run._save()
 
 
+def folder(root: Path, run_id: str | None = None) -> Path:
+    """A run's folder; the newest run's, where none is named.
+
+    Raises:
+        RunError: There is no such run.
+    """
+    there = sorted(path.parent for path in root.glob("*/summary.json"))
+    found = [path for path in there if run_id in (None, path.name)]
+    if not found:
+        names = ", ".join(path.name for path in there) or "none"
+        raise RunError(f"no run {run_id or ''!r} in {root}. There are: {names}")
+    return found[-1]
+
+
 def latest(root: Path, pipeline: str) -> str:
     """The id of the pipeline's newest run.
 
@@ -153,10 +167,7 @@ def resume(
         RunError: There is no such run, it is another pipeline's or seed's, or there is no step
             `again_from`.
     """
-    file = root / run_id / "summary.json"
-    if not file.is_file():
-        there = sorted(path.parent.name for path in root.glob("*/summary.json"))
-        raise RunError(f"no run {run_id!r} in {root}. There are: {', '.join(there) or 'none'}")
+    file = folder(root, run_id) / "summary.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     for name, wanted in (("pipeline", pipeline), ("seed", seed)):
         if content[name] != wanted:

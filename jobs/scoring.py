@@ -1,20 +1,90 @@
-"""Asks a served model for scores over HTTP.
-
-Knows nothing of how the model is served.
-"""
+"""Scores rows: those of a file with a registered model, or a few over HTTP with a served one."""
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import polars as pl
 
+from models.registry import Registry
+
 BATCH_ROWS = 500
 
 
 class ScoringError(ValueError):
-    """The service refused rows or can't be reached; the message says why."""
+    """Rows can't be scored; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """How many rows were scored, and by which version."""
+
+    rows: int
+    version: int
+
+
+def score_file(
+    file: Path, out: Path, registry: Registry, model: str, *, version: int | None = None
+) -> Scored:
+    """Writes the file's rows and their `score`, whole or not at all.
+
+    Args:
+        file: `.csv` or `.parquet` with at least the model's features; an empty CSV field is null.
+        out: `.csv` or `.parquet` to write.
+        registry: Where the model is.
+        model: Its name.
+        version: None takes the champion.
+
+    Raises:
+        ScoringError: A file isn't readable or of another kind, or a value isn't of its kind.
+        EncodingError: A feature is absent or of another kind than in training.
+        RegistryError: There is no such model or version.
+        OSError: `out` can't be written.
+    """
+    for path in (file, out):
+        if path.suffix not in (".csv", ".parquet"):
+            raise ScoringError(f"{path}: allowed are .csv and .parquet files")
+    card, scorer = registry.load(model, version)
+    frame = _read(file, {feature["name"]: feature["kind"] for feature in card.features})
+    scored = frame.with_columns(pl.Series("score", scorer.score(frame)))
+    aside = out.with_name(f"{out.name}.{os.getpid()}")
+    if out.suffix == ".csv":
+        scored.write_csv(aside)
+    else:
+        scored.write_parquet(aside)
+    aside.replace(out)
+    return Scored(rows=frame.height, version=card.version)
+
+
+def _read(file: Path, kinds: Mapping[str, str]) -> pl.DataFrame:
+    try:
+        if file.suffix == ".parquet":
+            return pl.read_parquet(file)
+        text = pl.read_csv(file, infer_schema=False)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise ScoringError(f"{file}: can't be read: {error}") from error
+    types = {"number": pl.Float64, "boolean": pl.Boolean}
+    for name, kind in kinds.items():
+        if name not in text.columns or kind not in types:
+            continue
+        values = text[name]
+        cast = (
+            values.cast(pl.Float64, strict=False)
+            if kind == "number"
+            else values.replace_strict({"true": True, "false": False}, default=None)
+        )
+        wrong = values.is_not_null() & cast.is_null()
+        if wrong.any():
+            row = wrong.arg_true()[0]
+            raise ScoringError(
+                f"{file}, row {row + 2}, column {name!r}: {values[row]!r} is not a {kind}"
+            )
+        text = text.with_columns(cast.alias(name))
+    return text
 
 
 def score_rows(url: str, name: str, rows: pl.DataFrame) -> list[float]:

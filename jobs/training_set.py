@@ -22,7 +22,7 @@ from jobs.features import scan_events, with_lookups
 from models import split
 from models.encoding import Encoder
 from models.families import TrainingData
-from models.features import compute_at, describe
+from models.features import compute_at, computed_by, describe
 
 LABEL, SPLIT, CUTOFF, KNOWN, ROW = "_label", "_split", "_cutoff", "_known", "_row"
 _TIME = pl.Datetime("us")
@@ -85,7 +85,7 @@ def assemble(
     pipeline: Pipeline,
     root: str | Path,
     *,
-    lease: dask_lease.Lease | None = None,
+    lease: dask_lease.Lease | dask_lease.Standing | None = None,
 ) -> Assembled:
     """Bring the table `training/NAME` up to its sources in at most one commit.
 
@@ -134,7 +134,7 @@ def assemble(
             "purged": frame[SPLIT].null_count() - unknown,
             "unknown": unknown,
         },
-        "engine": "polars" if lease is None else f"polars on {lease.workers} Dask workers",
+        "engine": _engine(target, pipeline, lease),
     }
     told = [column for column in told_by(target, pipeline) if column not in features]
     version = storage.write(
@@ -146,6 +146,13 @@ def assemble(
         metadata={"made_of": made_of, "assembled": json.dumps(made), "sources": str(versions)},
     )
     return Assembled(**made, version=version, new=True)  # type: ignore[arg-type]
+
+
+def _engine(
+    target: Target, pipeline: Pipeline, lease: dask_lease.Lease | dask_lease.Standing | None
+) -> str:
+    engines = {computed_by(pipeline.features[group]) for group in target.features} or {"polars"}
+    return ", ".join(sorted(engines)) + (f" on {lease.workers} Dask workers" if lease else "")
 
 
 def load(name: str, root: str | Path, version: int) -> pl.DataFrame:
@@ -248,7 +255,7 @@ def _features(
     frame: pl.DataFrame,
     root: str | Path,
     versions: dict[str, int],
-    lease: dask_lease.Lease | None,
+    lease: dask_lease.Lease | dask_lease.Standing | None,
 ) -> pl.DataFrame:
     """The group's features at each row's own cutoff, in the rows' order."""
     keys = frame.select(declared.entity, cutoff=CUTOFF).with_row_index("_place")

@@ -15,83 +15,35 @@ CUDA (`numba.cuda`, a thread an entity). Its cost is events + rows, whatever the
 Knows nothing of tables, files or compilers.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from models.features.arithmetic import HEADER
 from models.features.spec import Feature, FeatureSpec, describe
+from models.features.windows import fixed_us
+
+LN2 = math.log(2.0)
 
 # Aggregations the kernel has; a feature of any other is left to the Polars form.
 KNOWN = frozenset(
     {
         "count", "sum", "mean", "min", "max", "std", "distinct", "share", "trend",
         "recency", "tenure", "gap_mean", "gap_std", "gap_max", "overdue",
+        "first", "last", "slope", "decay", "since_last", "rfm",
     }
 )  # fmt: skip
 
-HEADER = '''"""Written by models.features.source, for one declaration."""
-import math
-
-import numpy as np
-
-NAN = math.nan
-DAY_US = 86_400_000_000.0
-SPLIT = 134_217_729.0
-
-
-@device
-def sum_error(a, b, s):
-    """What s = a + b lost."""
-    v = s - a
-    return (a - (s - v)) + (b - v)
-
-
-@device
-def product_error(a, b, p):
-    """What p = a * b lost."""
-    c = SPLIT * a
-    ah = c - (c - a)
-    al = a - ah
-    c = SPLIT * b
-    bh = c - (c - b)
-    bl = b - bh
-    return ((ah * bh - p) + ah * bl + al * bh) + al * bl
-
-
-@device
-def spread(n, h, l, h2, l2):
-    """Sample standard deviation from the number, the sum h + l and the sum of squares h2 + l2."""
-    if n < 2:
-        return NAN
-    a = n * h2
-    b = h * h
-    lost = product_error(float(n), h2, a) - product_error(h, h, b) + n * l2 - 2.0 * h * l
-    v = (a - b) + lost
-    return math.sqrt(v / (n * (n - 1.0))) if v > 0.0 else 0.0
-
-
-@device
-def bits_set(word):
-    """Number of set bits."""
-    word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
-    word = (word & np.uint64(0x3333333333333333)) + (
-        (word >> np.uint64(2)) & np.uint64(0x3333333333333333)
-    )
-    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
-
-
-@device
-def bits_between(bits, row, z, s, e):
-    """Number of set bits in s:e; none is set from e on."""
-    if s >= e:
-        return 0
-    first = s >> 6
-    n = bits_set(bits[row, z + first] >> np.uint64(s & 63))
-    for k in range(first + 1, ((e - 1) >> 6) + 1):
-        n += bits_set(bits[row, z + k])
-    return n
-
-'''
+# The sums that an aggregation of a measure takes.
+_TERMS = {
+    "sum": ("x",),
+    "mean": ("x",),
+    "std": ("x", "xx"),
+    "share": ("x",),
+    "trend": ("x",),
+    "rfm": ("x",),
+    "slope": ("x", "t", "tt", "tx"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +58,8 @@ class Shape:
         distinct: names.
         categories: names.
         filters: names.
-        sums: prefix sums, as (measure, square, filter).
+        sums: prefix sums, as (measure, term, filter); terms are x, xx, t, tt and tx, of the values
+            and the times from the entity's first event on.
         stacks: (measure, "min" or "max").
         slots: a category's first row in the running sums by slot, and their total number.
     """
@@ -118,7 +71,7 @@ class Shape:
     distinct: Sequence[str]
     categories: Sequence[str]
     filters: Sequence[str]
-    sums: Sequence[tuple[str, bool, str | None]]
+    sums: Sequence[tuple[str, str, str | None]]
     stacks: Sequence[tuple[str, str]]
     slots: Sequence[int]
     total_slots: int
@@ -141,25 +94,23 @@ def shape(spec: FeatureSpec, *, labels: bool) -> Shape:
         spec: the declaration.
         labels: whether the labels are written too.
     """
-    features = [f for f in describe(spec) if f.aggregation in KNOWN]
-    windows = {w: None for f in features for w in (f.window, f.long) if w}
-    sums: dict[tuple[str, bool, str | None], None] = {}
+    features = [f for f in describe(spec) if f.aggregation in KNOWN and f.table is None]
+    windows = {
+        w: None for f in features for w in (f.window, f.long) if w and f.aggregation != "decay"
+    }
+    sums: dict[tuple[str, str, str | None], None] = {}
     stacks: dict[tuple[str, str], None] = {}
     first = next(iter(spec.measures), None)
     for f in features:
         measure = first if f.aggregation == "share" else f.subject
-        if f.aggregation in ("sum", "mean", "std", "share") or (
-            f.aggregation == "trend" and measure
-        ):
-            sums[(str(measure), False, f.filter)] = None
-        if f.aggregation == "std":
-            sums[(str(measure), True, f.filter)] = None
+        terms = _TERMS.get(f.aggregation, ()) if measure else ()
+        sums |= {(str(measure), term, f.filter): None for term in terms}
         if f.aggregation in ("min", "max"):
             stacks[(str(measure), f.aggregation)] = None
     wanted = spec.labels if labels else []
     for label in wanted:
         if label.measure is not None:
-            sums[(label.measure, False, None)] = None
+            sums[(label.measure, "x", None)] = None
     slots, total = [], 0
     for category in spec.categories.values():
         slots.append(total)
@@ -317,18 +268,22 @@ class _Writer:
             self.put(f"n{len(made.measures) + f} += (flag >> {f}) & 1")
         for j, measure in enumerate(made.measures):
             self.put(f"x = m[{j}, s0 + i]\nif x == x:\n    n{j} += 1")
-            for q, (name, square, chosen) in enumerate(made.sums):
+            if (measure, "t", None) in made.sums:
+                self.put("u = float(t[s0 + i] - t[s0])", 1)
+            for q, (name, term, chosen) in enumerate(made.sums):
                 if name != measure:
                     continue
                 deeper = 1
                 if chosen is not None:
                     self.put(f"if (flag >> {made.filters.index(chosen)}) & 1:", 1)
                     deeper = 2
-                term = "x"
-                if square:
-                    term = "p"
-                    self.put(f"p = x * x\nl{q} += product_error(x, x, p)", deeper)
-                self.put(f"s = h{q} + {term}\nl{q} += sum_error(h{q}, {term}, s)\nh{q} = s", deeper)
+                factors = term.replace("t", "u")
+                a = factors[0]
+                if len(factors) > 1:
+                    b = factors[1]
+                    self.put(f"p = {a} * {b}\nl{q} += product_error({a}, {b}, p)", deeper)
+                    a = "p"
+                self.put(f"s = h{q} + {a}\nl{q} += sum_error(h{q}, {a}, s)\nh{q} = s", deeper)
         for q in range(len(made.sums)):
             self.put(f"fs[z + i + 1, {2 * q}] = h{q}\nfs[z + i + 1, {2 * q + 1}] = l{q}")
         for i in range(made.ints):
@@ -355,6 +310,8 @@ class _Writer:
             self.put(
                 f"for i in range({made.total_slots}):\n    acc[i, 0] = 0.0\n    acc[i, 1] = 0.0"
             )
+        for i in range(len(self._decays())):
+            self.put(f"decay{i} = 0.0")
         if self._has("gap_max"):
             self.put("gap_max = NAN")
         if self._has("gap_std"):
@@ -375,6 +332,14 @@ class _Writer:
                     "gap_l += sum_error(gap_h, p, s) + product_error(g, g, p)\ngap_h = s",
                     1,
                 )
+        for i, (subject, half_life) in enumerate(self._decays()):
+            rate = f"{LN2!r} / {fixed_us(half_life)}.0"
+            self.put(f"if e > 0:\n    decay{i} *= math.exp((t[s0 + e - 1] - t[s0 + e]) * {rate})")
+            if subject is None:
+                self.put(f"decay{i} += 1.0")
+            else:
+                j = list(made.measures).index(subject)
+                self.put(f"if m[{j}, s0 + e] == m[{j}, s0 + e]:\n    decay{i} += m[{j}, s0 + e]")
         for d in range(len(made.distinct)):
             self.put(
                 f"""
@@ -440,7 +405,7 @@ if before > -2:
         for i, label in enumerate(labels, len(self.made.features)):
             y = self.made.horizons.index(label.horizon_days)
             if label.kind == "sum":
-                h, low = self._sum(str(label.measure), False, None, f"y{y}", "e", f"y{y}")
+                h, low = self._sum(str(label.measure), "x", None, f"y{y}", "e", f"y{y}")
                 self.put(f"out[{i}, row] = {h} + {low}")
             else:
                 test = {"none": " == 0", "any": " > 0", "count": ""}[label.kind]
@@ -454,10 +419,10 @@ if before > -2:
         return name
 
     def _sum(
-        self, measure: str, square: bool, chosen: str | None, tag: str, start: str, end: str
+        self, measure: str, term: str, chosen: str | None, tag: str, start: str, end: str
     ) -> tuple[str, str]:
         """Names of the pair of doubles that a measure's events start:end sum to."""
-        q = self.made.sums.index((measure, square, chosen))
+        q = self.made.sums.index((measure, term, chosen))
         names = f"wh{q}_{tag}", f"wl{q}_{tag}"
         if names[0] not in self.known:
             a, al = f"eh{q}_{end}", f"el{q}_{end}"
@@ -479,6 +444,10 @@ if before > -2:
     def _value(self, feature: Feature) -> str:
         """The expression of a feature; writes what it needs first."""
         made, how = self.made, feature.aggregation
+        if how == "decay":
+            i = self._decays().index((feature.subject, str(feature.window)))
+            rate = f"{LN2!r} / {fixed_us(str(feature.window))}.0"
+            return f"decay{i} * math.exp((t[s0 + e - 1] - cut) * {rate}) if e > 0 else 0.0"
         tag, start = self._window(feature.window)
         timing = {
             "recency": ("0", "(cut - t[s0 + e - 1]) / DAY_US"),
@@ -493,13 +462,17 @@ if before > -2:
         if how in timing:
             least, text = timing[how]
             return f"{text} if e > {least} else NAN"
+        if how == "since_last":
+            return f"(cut - t[s0 + e - {feature.value}]) / DAY_US if e >= {feature.value} else NAN"
+        if how == "rfm":
+            return self._score(feature, tag, start)
         if how == "overdue":
             return (
                 "(cut - t[s0 + e - 1]) / ((t[s0 + e - 1] - t[s0]) / (e - 1.0)) "
                 "if e > 1 and t[s0 + e - 1] > t[s0] else NAN"
             )
         if how == "share":
-            h, low = self._sum(made.measures[0], False, None, "L", "0", "e")
+            h, low = self._sum(made.measures[0], "x", None, "L", "0", "e")
             whole = self._once("whole", f"{h} + {low}")
             k = list(made.categories).index(str(feature.subject))
             i = made.slots[k] + self.spec.categories[str(feature.subject)].values.index(
@@ -513,7 +486,7 @@ if before > -2:
                 if feature.subject is None:
                     parts.append(self._once(f"count{tag}", f"e - {start}"))
                 else:
-                    h, low = self._sum(feature.subject, False, None, tag, start, "e")
+                    h, low = self._sum(feature.subject, "x", None, tag, start, "e")
                     j = list(made.measures).index(feature.subject)
                     parts.append(self._once(f"sum{j}_{tag}", f"{h} + {low}"))
             return f"{parts[0]} / {parts[1]} if {parts[1]} != 0 else NAN"
@@ -527,19 +500,47 @@ if before > -2:
             return f"seen{d}" if start == "0" else f"bits_between(bits, {d}, zw, {start}, e)"
         measure = str(feature.subject)
         j = list(made.measures).index(measure)
+        if how == "first":
+            return f"first_value(m, {j}, s0 + {start}, s0 + e)"
+        if how == "last":
+            return f"last_value(m, {j}, s0 + {start}, s0 + e)"
         if how in ("min", "max"):
             k = list(made.stacks).index((measure, how))
             at = "0" if start == "0" else f"k{k}_{tag}"
             return f"m[{j}, s0 + stack[z + {at}, {k}]] if {at} < depth{k} else NAN"
-        h, low = self._sum(measure, False, feature.filter, tag, start, "e")
+        h, low = self._sum(measure, "x", feature.filter, tag, start, "e")
         if how == "sum":
             return f"{h} + {low}"
         number = self._number(j, tag, start)
         if how == "mean":
             return f"({h} + {low}) / {number} if {number} > 0 else NAN"
+        if how == "slope":
+            sums = [self._sum(measure, term, None, tag, start, "e") for term in ("t", "tt", "tx")]
+            pairs = ", ".join(name for pair in sums for name in pair)
+            return f"slope({number}, {h}, {low}, {pairs})"
         assert how == "std"
-        h2, low2 = self._sum(measure, True, None, tag, start, "e")
+        h2, low2 = self._sum(measure, "xx", None, tag, start, "e")
         return f"spread({number}, {h}, {low}, {h2}, {low2})"
+
+    def _score(self, feature: Feature, tag: str, start: str) -> str:
+        rfm = self.spec.rfm
+        assert rfm is not None
+        which = str(feature.value)
+        if which == "recency":
+            value, test = "recency", "<="
+            self._once(value, "(cut - t[s0 + e - 1]) / DAY_US if e > 0 else math.inf")
+        elif which == "frequency":
+            value, test = self._once(f"count{tag}", f"e - {start}"), ">="
+        else:
+            h, low = self._sum(str(feature.subject), "x", None, tag, start, "e")
+            value, test = self._once(f"total{tag}", f"{h} + {low}"), ">="
+        bounds: list[float] = getattr(rfm, which)
+        return " + ".join(["1", *(f"int({value} {test} {bound!r})" for bound in bounds)])
+
+    def _decays(self) -> list[tuple[str | None, str]]:
+        """Subject and half-life of each running decayed sum."""
+        features = (f for f in self.made.features if f.aggregation == "decay")
+        return [(f.subject, str(f.window)) for f in features]
 
     def _window(self, window: str | None) -> tuple[str, str]:
         """A window's tag in names, and the variable of its first event."""

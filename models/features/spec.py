@@ -197,12 +197,8 @@ class FeatureSpec(Declaration):
     @property
     def tables(self) -> list[str]:
         """Names of the tables, beside the events, that attributes and streams are read from."""
-        return list(
-            dict.fromkeys(
-                [*(a.table for a in self.attributes.values())]
-                + [*(s.table for s in self.streams.values())]
-            )
-        )
+        named = [attributes.table for attributes in self.attributes.values()]
+        return list(dict.fromkeys([*named, *(stream.table for stream in self.streams.values())]))
 
     def stream(self, name: str) -> "FeatureSpec":
         """A stream's declaration by itself."""

@@ -2,8 +2,10 @@
 
 import importlib.util
 import itertools
+import math
 import statistics
 from datetime import UTC, datetime, timedelta
+from fractions import Fraction
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -34,22 +36,20 @@ DECLARED = {
     "measures": {"amount": "x"},
     "categories": {"kind": {"column": "k", "values": ["a", "b"]}},
     "distinct": {"kinds": "k"},
-    "windows": ["7d", "30d"],
-    "aggregations": ["count", "sum", "mean", "min", "max", "std", "distinct"],
+    "windows": ["7d", "30d", "36h", "1mo"],
+    "aggregations": [
+        *("count", "sum", "mean", "min", "max", "std", "distinct"),
+        *("first", "last", "slope", "median"),
+    ],
     "lifetime": [
-        "count",
-        "sum",
-        "mean",
-        "max",
-        "std",
-        "distinct",
-        "recency",
-        "tenure",
-        "gap_mean",
-        "gap_std",
-        "gap_max",
+        *("count", "sum", "mean", "min", "max", "std", "distinct"),
+        *("first", "last", "slope", "median"),
+        *("recency", "tenure", "gap_mean", "gap_std", "gap_max", "overdue"),
     ],
     "trends": [["7d", "30d"]],
+    "decays": ["5d", "12h"],
+    "last_events": [1, 3],
+    "rfm": {"recency": [2, 20], "frequency": [2, 5], "monetary": [0, 100.5], "window": "30d"},
     "filters": [
         {"name": "returns", "column": "x", "below": 0},
         {"name": "as", "column": "k", "equals": "a"},
@@ -73,7 +73,26 @@ def reduced(values, how):
         return sum(values)
     if not values or (how == "std" and len(values) < 2):
         return None
-    return {"mean": statistics.mean, "min": min, "max": max, "std": statistics.stdev}[how](values)
+    functions = {
+        "mean": statistics.mean,
+        "min": min,
+        "max": max,
+        "std": statistics.stdev,
+        "median": statistics.median,
+        "first": lambda v: v[0],
+        "last": lambda v: v[-1],
+    }
+    return functions[how](values)
+
+
+def fitted_slope(rows):
+    """The exact least-squares slope a day, in fractions."""
+    known = [(Fraction((t - CUTOFFS[0]) / timedelta(hours=1)) / 24, Fraction(x)) for t, x in rows]
+    if len({t for t, _ in known}) < 2:
+        return None
+    t_mean, x_mean = (sum(v) / len(known) for v in zip(*known, strict=True))
+    spread = sum((t - t_mean) ** 2 for t, _ in known)
+    return float(sum((t - t_mean) * (x - x_mean) for t, x in known) / spread)
 
 
 def reference(rows, who, cutoff):
@@ -83,13 +102,22 @@ def reference(rows, who, cutoff):
         return None
     day = timedelta(days=1)
     out = {}
-    inside = {w: [r for r in past if r[1] >= cutoff - w * day] for w in (7, 30)}
-    for key, chosen in [*((f"{w}d", e) for w, e in inside.items()), ("lifetime", past)]:
+    starts = {
+        "7d": cutoff - 7 * day,
+        "30d": cutoff - 30 * day,
+        "36h": cutoff - 1.5 * day,
+        # All the cutoffs here are in months after one that has their day.
+        "1mo": cutoff.replace(month=cutoff.month - 1),
+        "lifetime": past[0][1],
+    }
+    for key, start in starts.items():
+        chosen = [r for r in past if r[1] >= start]
         amounts = [r[2] for r in chosen if r[2] is not None]
         out[f"buys_count_{key}"] = len(chosen)
         out[f"kinds_distinct_{key}"] = len({r[3] for r in chosen} - {None})
-        for how in ("sum", "mean", "min", "max", "std"):
+        for how in ("sum", "mean", "min", "max", "std", "median", "first", "last"):
             out[f"amount_{how}_{key}"] = reduced(amounts, how)
+        out[f"amount_slope_{key}"] = fitted_slope([r[1:3] for r in chosen if r[2] is not None])
         returns, as_ = [a for a in amounts if a < 0], [r for r in chosen if r[3] == "a"]
         out[f"returns_count_{key}"], out[f"returns_amount_sum_{key}"] = len(returns), sum(returns)
         out[f"as_count_{key}"] = len(as_)
@@ -104,7 +132,21 @@ def reference(rows, who, cutoff):
     gaps = [(b[1] - a[1]) / day for a, b in itertools.pairwise(past)]
     for how in ("mean", "std", "max"):
         out[f"buys_gap_{how}_days"] = reduced(gaps, how)
-    out["buys_recency_days"] = (cutoff - past[-1][1]) / day
+    out["buys_recency_days"] = recency = (cutoff - past[-1][1]) / day
+    mean_gap = out["buys_gap_mean_days"]
+    out["buys_overdue_ratio"] = recency / mean_gap if mean_gap else None
+    for name, half_life in (("5d", 5), ("12h", 0.5)):
+        weights = [0.5 ** ((cutoff - r[1]) / day / half_life) for r in past]
+        out[f"buys_decayed_{name}"] = math.fsum(weights)
+        out[f"amount_decayed_{name}"] = math.fsum(
+            w * (r[2] or 0) for w, r in zip(weights, past, strict=True)
+        )
+    for k in (1, 3):
+        ago = (cutoff - past[-k][1]) / day if len(past) >= k else None
+        out[f"buys_since_last_{k}_days"] = ago
+    out["buys_rfm_recency"] = 1 + sum(recency <= bound for bound in (2, 20))
+    out["buys_rfm_frequency"] = 1 + sum(out["buys_count_30d"] >= bound for bound in (2, 5))
+    out["buys_rfm_monetary"] = 1 + sum(out["amount_sum_30d"] >= bound for bound in (0, 100.5))
     out["buys_tenure_days"] = (cutoff - past[0][1]) / day
     return out
 
@@ -296,3 +338,58 @@ def test_rows_with_their_own_cutoffs_get_the_same_features_as_at_that_cutoff():
     stranger = got.row(2, named=True)
     assert (stranger["buys_count_30d"], stranger["amount_sum_7d"]) == (0, 0.0)
     assert stranger["amount_mean_7d"] is None and stranger["buys_recency_days"] is None
+
+
+def test_streams_and_attributes_are_as_known_before_the_cutoff():
+    spec = FeatureSpec.model_validate(
+        {
+            **{k: DECLARED[k] for k in ("entity", "time", "name", "windows", "lifetime")},
+            "measures": {"amount": "x"},
+            "distinct": {"kinds": "k"},
+            "streams": {
+                "sent": {
+                    "table": "exposures",
+                    "time": "sent_at",
+                    "measures": {"cost": "eur"},
+                    "windows": ["7d"],
+                    "aggregations": ["count", "sum", "median"],
+                    "lifetime": ["recency"],
+                }
+            },
+            "attributes": {
+                "tier": {"table": "levels", "time": "since", "columns": ["level", "points"]}
+            },
+        }
+    )
+    cutoff = CUTOFFS[0]
+    log = frame([(w, cutoff - timedelta(days=9), 1.0, "a") for w in (1, 2, 3)])
+    tables = {
+        "exposures": pl.DataFrame(
+            {
+                "who": [1, 1, 1, 2, 7],
+                "sent_at": [cutoff - timedelta(days=d) for d in (0, 2, 7, 30, 1)],
+                "eur": [9.0, 1.0, 2.5, 4.0, 4.0],
+            }
+        ),
+        "levels": pl.DataFrame(
+            {
+                "who": [1, 1, 1, 2],
+                "since": [cutoff - timedelta(days=d) for d in (5, 60, 0, -1)],
+                "level": ["gold", "new", "past it", "later"],
+                "points": [3, 1, 9, 8],
+            }
+        ),
+    }
+    got = compute(log, spec, [cutoff], tables=tables)
+    assert got.columns[2:] == [f.name for f in describe(spec)]
+    names = ["sent_count_7d", "cost_sum_7d", "cost_median_7d", "sent_recency_days"]
+    names += ["tier_level", "tier_points"]
+    assert got.select(names).rows() == [
+        (2, 3.5, 1.75, 2.0, "gold", 3),
+        (0, 0.0, None, 30.0, None, None),
+        (0, 0.0, None, None, None, None),
+    ]
+    at = compute_at(log, spec, got.select("who", "cutoff")[::-1], tables=tables)
+    assert_frame_equal(at[::-1], got.drop("who", "cutoff"))
+    with pytest.raises(FeatureError, match=r"tables \['levels'\].*not given: \['exposures'\]"):
+        compute(log, spec, [cutoff], tables={"exposures": tables["exposures"]})
