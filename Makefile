@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 LOCK := requirements/cpu.lock
 
-.PHONY: help setup demo check test lock clean
+.PHONY: help setup demo check test bench lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,7 +16,7 @@ setup: .venv/.installed ## Make .venv from the lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-demo: setup ## Run what is there of the main job on The Complete Journey
+demo: setup ## Run the main job on The Complete Journey
 	$(BIN)/liftyard run pipelines/complete_journey.yaml
 
 check: setup ## Lint, format, types, import contracts
@@ -28,6 +28,13 @@ check: setup ## Lint, format, types, import contracts
 test: check ## Check, then run the tests
 	$(BIN)/python -m pytest
 
+bench: setup ## Run every benchmark against its peers (long); results go to bench/
+	mkdir -p bench
+	set -e; for file in benchmarks/[a-z]*.py; do \
+		name=$$(basename $$file .py); \
+		$(BIN)/python -m benchmarks.$$name --json bench/$$name.json; \
+	done
+
 # A resolver run, nothing is installed.
 lock: setup ## Resolve requirements/cpu.lock and gpu.lock anew
 	$(BIN)/pip install --quiet --dry-run --ignore-installed --report - '.[demo,dev]' \
@@ -38,4 +45,4 @@ lock: setup ## Resolve requirements/cpu.lock and gpu.lock anew
 	mv requirements/gpu.lock.new requirements/gpu.lock
 
 clean: ## Remove what setup and the tests made
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info build
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info build bench

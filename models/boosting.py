@@ -1,13 +1,16 @@
 """Gradient-boosted trees (XGBoost): variants that differ only in rounds are one booster.
 
 Boosting adds a tree at a time, so the booster of 50 rounds is the first 50 of one of 500: a
-pack trains the longest and scores the others as its prefixes.
+pack trains the longest and scores the others as its prefixes. A booster that is held goes on
+where it stopped, which is what successive halving needs.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -18,8 +21,10 @@ from models.families import (
     Variant,
     alike,
     completed,
+    require_above_zero,
     require_at_least,
 )
+from models.metrics import MetricError, auc
 
 DEFAULTS: dict[str, Any] = {
     "rounds": 100,
@@ -29,19 +34,49 @@ DEFAULTS: dict[str, Any] = {
     "l2": 1.0,
     "row_share": 1.0,
     "feature_share": 1.0,
+    "positive_weight": 1.0,
+    "max_bin": 64,
+    "patience": 0,
     "seed": 0,
 }
 
+# With patience, validation is looked at every so many rounds.
+STEP = 10
+# Without, at these: enough of a curve to read, few enough to cost nothing.
+SPARSE = tuple(place * 10**power for power in range(1, 5) for place in (1, 2, 5))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Matrices:
+    train: Any
+    valid: Any
+
+
+# The rows binned once a process: by the data itself, then by bins and device.
+_BINNED: "WeakKeyDictionary[TrainingData, dict[tuple[int, str], _Matrices]]" = WeakKeyDictionary()
+
 
 def fit_pack(
-    variants: Sequence[Variant], data: TrainingData, *, device: str = "cpu"
+    variants: Sequence[Variant],
+    data: TrainingData,
+    *,
+    device: str = "cpu",
+    until: int | None = None,
+    held: MutableMapping[str, Any] | None = None,
+    looks: Sequence[int] = (),
 ) -> list[Fitted]:
     """Trains each variant, identical to the bit to training it alone.
 
     Args:
-        variants: Settings out of `DEFAULTS`; the rows are binned once for all of them.
-        data: Rows to train on and to score.
+        variants: Settings out of `DEFAULTS`. With `patience`, a booster stops once its validation
+            AUC, looked at every `STEP` rounds, hasn't risen for so many rounds, and its best
+            look is what predicts.
+        data: Rows to train on and to score; binned once a process for each `max_bin`.
         device: XGBoost's name of the device, "cpu" or "cuda".
+        until: Stop after so many rounds; variants that ask for more are `pruned_at` that.
+        held: Boosters that an earlier call stopped; they go on from there, and stopped ones are
+            put there. One from another process wouldn't give the same bits.
+        looks: Further rounds at which the curve has a point.
 
     Returns:
         One `Fitted` a variant, in their order.
@@ -49,62 +84,135 @@ def fit_pack(
     Raises:
         VariantError: A setting isn't known or out of range.
     """
-    import xgboost
-
     settings = [completed("boosting", variant, DEFAULTS) for variant in variants]
     for each in settings:
         require_at_least("boosting", each, ("rounds", "depth"), 1)
-    if not settings:
-        return []
-    started = time.perf_counter()
-    binned = xgboost.QuantileDMatrix(data.x_train, data.y_train, max_bin=64, nthread=1)
-    binning_s = time.perf_counter() - started
-
+        require_at_least("boosting", each, ("max_bin",), 2)
+        require_at_least("boosting", each, ("patience", "seed"), 0)
+        require_above_zero("boosting", each, ("positive_weight", "learning_rate"))
+    held = {} if held is None else held
     fitted: dict[int, Fitted] = {}
     for places in alike(settings, FREE["boosting"]):
         started = time.perf_counter()
-        shared = settings[places[0]]
-        booster = xgboost.train(
+        shared = {name: v for name, v in settings[places[0]].items() if name != "rounds"}
+        key = repr(sorted(shared.items()))
+        growing = held.pop(key, None) or _Growing(shared, data, device)
+        longest = max(settings[place]["rounds"] for place in places)
+        growing.grow(longest if until is None else min(until, longest), looks)
+        if until is not None and until < longest and not growing.stopped:
+            held[key] = growing
+        training_s = time.perf_counter() - started
+        for place in places:
+            started = time.perf_counter()
+            asked = settings[place]["rounds"]
+            rounds, curve = growing.chosen(asked)
+            predict = partial(_predict, growing.booster, rounds)
+            pruned = until is not None and until < asked and not growing.stopped
+            fitted[place] = Fitted(
+                variant=dict(variants[place]),
+                valid_scores=_scores(growing.booster, rounds, growing.matrices.valid),
+                seconds=training_s / len(places) + time.perf_counter() - started,
+                predict=predict,
+                curve=curve,
+                pruned_at=until if pruned else None,
+            )
+    return [fitted[place] for place in range(len(settings))]
+
+
+class _Growing:
+    """A booster that is trained a few rounds at a time."""
+
+    def __init__(self, settings: Mapping[str, Any], data: TrainingData, device: str) -> None:
+        import xgboost
+
+        self.matrices = _binned(data, settings["max_bin"], device)
+        self._y_valid = data.y_valid
+        self._patience = settings["patience"]
+        self.booster = xgboost.Booster(
             {
                 "objective": "binary:logistic",
                 "tree_method": "hist",
                 "device": device,
                 "nthread": 1,
-                "max_bin": 64,
-                # Else a round's draw depends on the draws before it, and a continued booster
-                # differs from one trained in one go.
+                "max_bin": settings["max_bin"],
+                # Else a round's draw depends on the draws before it, and boosters that take turns
+                # in a process differ from ones trained in one go.
                 "seed_per_iteration": True,
-                "seed": shared["seed"],
-                "max_depth": shared["depth"],
-                "learning_rate": shared["learning_rate"],
-                "min_child_weight": shared["min_child_weight"],
-                "lambda": shared["l2"],
-                "subsample": shared["row_share"],
-                "colsample_bytree": shared["feature_share"],
+                "seed": settings["seed"],
+                "max_depth": settings["depth"],
+                "learning_rate": settings["learning_rate"],
+                "min_child_weight": settings["min_child_weight"],
+                "lambda": settings["l2"],
+                "subsample": settings["row_share"],
+                "colsample_bytree": settings["feature_share"],
+                "scale_pos_weight": settings["positive_weight"],
             },
-            binned,
-            num_boost_round=max(settings[place]["rounds"] for place in places),
+            cache=[self.matrices.train],
         )
-        training_s = time.perf_counter() - started
-        for place in places:
-            started = time.perf_counter()
-            predict = partial(_predict, booster, settings[place]["rounds"])
-            scores = predict(data.x_valid)
-            fitted[place] = Fitted(
-                variant=dict(variants[place]),
-                valid_scores=scores,
-                seconds=binning_s / len(settings)
-                + training_s / len(places)
-                + time.perf_counter()
-                - started,
-                predict=predict,
-            )
-    return [fitted[place] for place in range(len(settings))]
+        self._done = 0
+        self._margin_m = np.zeros(data.y_valid.size)
+        self._seen = 0
+        self._curve: list[tuple[int, float]] = []
+        self.stopped = False
+
+    def grow(self, rounds: int, looks: Sequence[int]) -> None:
+        """Trains up to so many rounds in all, looking at validation on the way."""
+        steps = range(STEP, rounds + 1, STEP) if self._patience else SPARSE
+        due = {*steps, *looks, rounds}
+        while self._done < rounds and not self.stopped:
+            self.booster.update(self.matrices.train, self._done)
+            self._done += 1
+            if self._done in due:
+                self._look()
+
+    def _look(self) -> None:
+        # A slice's margins, so that a curve costs one prediction in all.
+        margin_m = self.booster.predict(
+            self.matrices.valid, output_margin=True, iteration_range=(self._seen, self._done)
+        )
+        # The base score is in each slice; a constant doesn't move the AUC.
+        self._margin_m = self._margin_m + margin_m
+        self._seen = self._done
+        try:
+            self._curve.append((self._done, auc(self._y_valid, self._margin_m)))
+        except MetricError:
+            return  # Validation rows of one class: the caller tells of it.
+        if self._patience and self._done % STEP == 0:
+            best, _ = _best(self._curve, every=STEP)
+            self.stopped = self._done - best >= self._patience
+
+    def chosen(self, asked: int) -> tuple[int, tuple[tuple[int, float], ...]]:
+        """Rounds that predict for a variant of so many, and its curve."""
+        curve = tuple(point for point in self._curve if point[0] <= asked)
+        rounds = min(asked, self._done)
+        if not self._patience or not curve:
+            return rounds, curve
+        own = [point for point in curve if point[0] % STEP == 0 or point[0] == asked]
+        return (_best(own)[0] if own else rounds), curve
+
+
+def _best(curve: Sequence[tuple[int, float]], every: int = 1) -> tuple[int, float]:
+    """The first of the highest points."""
+    return max((p for p in curve if p[0] % every == 0), key=lambda p: (p[1], -p[0]))
+
+
+def _binned(data: TrainingData, max_bin: int, device: str) -> _Matrices:
+    import xgboost
+
+    made = _BINNED.setdefault(data, {})
+    if (max_bin, device) not in made:
+        train = xgboost.QuantileDMatrix(data.x_train, data.y_train, max_bin=max_bin, nthread=1)
+        valid = xgboost.DMatrix(data.x_valid, nthread=1)
+        made[max_bin, device] = _Matrices(train=train, valid=valid)
+    return made[max_bin, device]
+
+
+def _scores(booster: Any, rounds: int, matrix: Any) -> np.ndarray:
+    scores: np.ndarray = booster.predict(matrix, iteration_range=(0, rounds))
+    return scores.astype(np.float64)
 
 
 def _predict(booster: Any, rounds: int, x: np.ndarray) -> np.ndarray:
     import xgboost
 
-    matrix = xgboost.DMatrix(x, nthread=1)
-    scores: np.ndarray = booster.predict(matrix, iteration_range=(0, rounds))
-    return scores.astype(np.float64)
+    return _scores(booster, rounds, xgboost.DMatrix(x, nthread=1))

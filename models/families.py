@@ -23,9 +23,9 @@ class TrainingDataError(ValueError):
     """The arrays can't be trained on; the message says which and why."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingData:
-    """Encoded rows and their targets.
+    """Encoded rows and their targets; equal only to itself, so that caches can go by it.
 
     Attributes:
         x_train: (n, p) float32, NaN where missing.
@@ -88,12 +88,16 @@ class Fitted:
         valid_scores: (m,) float64, probability of 1 for each row of x_valid.
         seconds: Wall seconds; work that a pack shares is split evenly among its variants.
         predict: (n, p) float32 to (n,) float64, probability of 1.
+        curve: Validation AUC after so many rounds, for families that train round by round.
+        pruned_at: Rounds after which it was stopped short of what it asks for, or None.
     """
 
     variant: dict[str, Any]
     valid_scores: np.ndarray
     seconds: float
     predict: Callable[[np.ndarray], np.ndarray]
+    curve: tuple[tuple[int, float], ...] = ()
+    pruned_at: int | None = None
 
 
 FitPack = Callable[[Sequence[Variant], TrainingData], list[Fitted]]
@@ -118,13 +122,25 @@ def _network(variants: Sequence[Variant], data: TrainingData) -> list[Fitted]:
     return network.fit_pack(variants, data)
 
 
-FAMILIES: dict[str, FitPack] = {"boosting": _boosting, "forest": _forest, "network": _network}
+def _logistic(variants: Sequence[Variant], data: TrainingData) -> list[Fitted]:
+    from models import logistic
+
+    return logistic.fit_pack(variants, data)
+
+
+FAMILIES: dict[str, FitPack] = {
+    "boosting": _boosting,
+    "forest": _forest,
+    "network": _network,
+    "logistic": _logistic,
+}
 
 # The settings in which variants of one pack may differ.
 FREE: dict[str, frozenset[str]] = {
     "boosting": frozenset({"rounds"}),
     "forest": frozenset({"trees"}),
     "network": frozenset({"learning_rate", "weight_decay", "seed"}),
+    "logistic": frozenset({"l2"}),
 }
 
 
@@ -200,6 +216,19 @@ def completed(family: str, variant: Variant, defaults: Variant) -> dict[str, Any
                 f"setting {name!r} of {family!r} is {settings[name]!r}; give a finite number"
             )
     return settings
+
+
+def require_above_zero(family: str, settings: Variant, names: Sequence[str]) -> None:
+    """Refuses settings that aren't above 0.
+
+    Raises:
+        VariantError: Naming the first such setting.
+    """
+    for name in names:
+        if settings[name] <= 0:
+            raise VariantError(
+                f"setting {name!r} of {family!r} is {settings[name]!r}; give a number above 0"
+            )
 
 
 def require_at_least(family: str, settings: Variant, names: Sequence[str], least: int) -> None:

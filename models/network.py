@@ -23,9 +23,9 @@ from models.families import (
     Fitted,
     TrainingData,
     Variant,
-    VariantError,
     alike,
     completed,
+    require_above_zero,
     require_at_least,
 )
 
@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "order_seed": 0,
     "learning_rate": 0.003,
     "weight_decay": 0.01,
+    "positive_weight": 1.0,
     "seed": 0,
 }
 
@@ -62,15 +63,11 @@ def fit_pack(
     for each in settings:
         require_at_least("network", each, ("width", "depth", "epochs", "batch_rows"), 1)
         require_at_least("network", each, ("weight_decay", "seed", "order_seed"), 0)
-        if each["learning_rate"] <= 0:
-            raise VariantError(
-                f"setting 'learning_rate' of 'network' is {each['learning_rate']!r}; "
-                "give a number above 0"
-            )
+        require_above_zero("network", each, ("learning_rate", "positive_weight"))
     if not settings:
         return []
-    scaling = _scaling(data.x_train)
-    x_train = _scaled(scaling, data.x_train)
+    scaling = scaling_of(data.x_train)
+    x_train = scaled(scaling, data.x_train)
 
     fitted: dict[int, Fitted] = {}
     for places in alike(settings, FREE["network"]):
@@ -81,7 +78,7 @@ def fit_pack(
             started = time.perf_counter()
             # Copied, so that a pickled variant doesn't carry the whole pack.
             own = tuple((w_kio[k].copy(), b_k1o[k].copy()) for w_kio, b_k1o in layers)
-            predict = partial(_predict, scaling, own)
+            predict = partial(predict_layers, scaling, own)
             scores = predict(data.x_valid)
             fitted[place] = Fitted(
                 variant=dict(variants[place]),
@@ -125,7 +122,10 @@ def _train(
             x_bi, y_b = batch
             logits_kb = self(x_bi)
             losses_kb = torch.nn.functional.binary_cross_entropy_with_logits(
-                logits_kb, y_b.expand_as(logits_kb), reduction="none"
+                logits_kb,
+                y_b.expand_as(logits_kb),
+                reduction="none",
+                pos_weight=torch.tensor(float(shape["positive_weight"]), device=y_b.device),
             )
             # Mean over rows, sum over networks: each one's gradient is that of its own loss.
             return losses_kb.mean(dim=1).sum()
@@ -263,7 +263,7 @@ def _first_weights(seed: int, sizes: Sequence[int]) -> list[tuple[np.ndarray, np
     ]
 
 
-def _scaling(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def scaling_of(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean (p,), spread (p,) and the positions of features with a missing value."""
     present = ~np.isnan(x)
     counts = np.maximum(present.sum(axis=0), 1)
@@ -273,7 +273,7 @@ def _scaling(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, np.where(spread > 0, spread, 1.0), np.flatnonzero(~present.all(axis=0))
 
 
-def _scaled(scaling: tuple[np.ndarray, np.ndarray, np.ndarray], x: np.ndarray) -> np.ndarray:
+def scaled(scaling: tuple[np.ndarray, np.ndarray, np.ndarray], x: np.ndarray) -> np.ndarray:
     """Standardised features, missing at the mean, then an indicator a gappy feature; float32."""
     mean, spread, gappy = scaling
     missing = np.isnan(x)
@@ -281,12 +281,13 @@ def _scaled(scaling: tuple[np.ndarray, np.ndarray, np.ndarray], x: np.ndarray) -
     return np.hstack([standard, missing[:, gappy]]).astype(np.float32)
 
 
-def _predict(
+def predict_layers(
     scaling: tuple[np.ndarray, np.ndarray, np.ndarray],
     layers: Sequence[tuple[np.ndarray, np.ndarray]],
     x: np.ndarray,
 ) -> np.ndarray:
-    h = _scaled(scaling, x)
+    """Probability of 1 a row, (n,) float64, from layers of weights (I, O) and biases (1, O)."""
+    h = scaled(scaling, x)
     for at, (w_io, b_1o) in enumerate(layers):
         # Not a matrix product: BLAS sums in an order that depends on the other rows, and a row
         # must score the same alone as among others.

@@ -9,6 +9,7 @@ from models.features.tables import (
     compute_parts,
     computed_by,
     label,
+    online,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "cutoff_times",
     "describe",
     "label",
+    "online",
 ]

@@ -7,6 +7,7 @@ Knows nothing of where events come from or where the table goes.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -22,6 +23,9 @@ from models.features.spec import (
     cutoff_times,
     describe,
 )
+
+if TYPE_CHECKING:
+    from models.features.single import Online
 
 Table = pl.LazyFrame | pl.DataFrame
 
@@ -48,6 +52,17 @@ def compile_kernel(spec: FeatureSpec, *, labels: bool = False) -> float:
     began = time.perf_counter()
     kernel.warm(spec, labels=labels)
     return time.perf_counter() - began
+
+
+def online(spec: FeatureSpec) -> "Online":
+    """The declaration, ready to compute one entity's features from a list of its events.
+
+    Raises:
+        FeatureError: it has a feature that the kernel doesn't know.
+    """
+    from models.features.single import Online
+
+    return Online(spec)
 
 
 def compute(
