@@ -2,7 +2,8 @@
 
 No engine falls back in silence. cudf_polars has two ways to do so, and both are shut: a plan that
 it can't translate raises (`raise_on_fail`), and so does an operation that it can't partition
-(`fallback_mode`). The GPU calls follow cudf_polars 26.10.
+(`fallback_mode`). A caller may ask for the CPU then (`or_cpu`), and the result says why.
+The GPU calls follow cudf_polars 26.10.
 """
 
 import time
@@ -36,7 +37,12 @@ class Ran:
 
 
 def collect(
-    plan: pl.LazyFrame, device: Device, *, spread: Spread = "one", dask_client: Any = None
+    plan: pl.LazyFrame,
+    device: Device,
+    *,
+    spread: Spread = "one",
+    dask_client: Any = None,
+    or_cpu: bool = False,
 ) -> tuple[pl.DataFrame, Ran]:
     """Run a plan.
 
@@ -47,6 +53,7 @@ def collect(
             that this process is connected to. On the CPU only `one` is allowed: work is spread
             there partition by partition (`cluster.dask_lease.map_partitions`).
         dask_client: The `distributed.Client` for `dask`.
+        or_cpu: Run on the CPU what the GPU engine doesn't know; the reason then says so.
 
     Returns:
         The result in host memory, and what ran it.
@@ -54,9 +61,15 @@ def collect(
     Raises:
         ValueError: `spread` doesn't fit the device, or `dask` came without a client.
         polars.exceptions.ComputeError: On CUDA, the plan has an operation that the GPU engine
-            doesn't know.
+            doesn't know, and `or_cpu` is false.
     """
     start = time.perf_counter()
+    if device.kind == "cuda" and or_cpu:
+        try:
+            return collect(plan, device, spread=spread, dask_client=dask_client)
+        except (pl.exceptions.ComputeError, NotImplementedError) as error:
+            reason = f"the GPU engine doesn't know this plan ({error})"
+            return collect(plan, Device(kind="cpu", reason=reason))
     if device.kind == "cpu":
         if spread != "one":
             raise ValueError(

@@ -4,16 +4,18 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
 
 from cluster import environment, local
+from cluster.device import DeviceError, Preference, choose
 from jobs import runs, scoring, show, submission
 from jobs.pipeline import execute
 from jobs.pipeline_file import load
 from jobs.report import write as write_report
+from jobs.sweep import SweepError
 from models.registry import Registry
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -53,7 +55,7 @@ def _told() -> Iterator[None]:
     except KeyboardInterrupt:
         errors.print("interrupted; `liftyard run … --resume RUN` goes on with a run")
         raise typer.Exit(130) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DeviceError, SweepError) as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from None
 
@@ -74,6 +76,9 @@ def run(
         int | None,
         typer.Option(min=0, help="Spread the features over so many Dask workers, or (0) none."),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or auto: CUDA where a GPU and RAPIDS are.")
+    ] = "auto",
     home: Home = HOME,
     runs_root: Runs = RUNS,
 ) -> None:
@@ -83,6 +88,7 @@ def run(
     with _told():
         declared = load(pipeline, overrides or [])
         where = environment.load(env, home=home)
+        chosen = choose(cast(Preference, device))
         if again_from is not None and resume is None:
             resume = runs.latest(runs_root, declared.name)
         started = (
@@ -96,13 +102,14 @@ def run(
                 again_from=again_from,
             )
         )
-        console.print(f"run {started.run_id}")
+        console.print(f"run {started.run_id} on {chosen.kind}: {chosen.reason}", soft_wrap=True)
         done = execute(
             declared,
             started,
             environment=where,
             base=pipeline.parent,
             console=console,
+            device=chosen,
             dask_workers=dask_workers,
         )
     show.run(done, console)

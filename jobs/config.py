@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from jobs.search import SETTINGS, SPACE
+from jobs.search import SAMPLERS, SETTINGS, SPACE, draw
 from models.families import FAMILIES
 from models.features import FeatureSpec, describe
 
@@ -247,9 +247,36 @@ class Space(_Model):
     settings: dict[str, Range | list[int | float] | int | float] = {}
 
 
-class Sweep(_Model):
-    """The families that a sweep trains; what a family leaves out is its default space's."""
+class Halved(_Model):
+    """Successive halving of boosters; see `jobs.sweep.Halving`."""
 
+    rungs: list[int] = Field(min_length=1)
+    keep: float = Field(default=1 / 3, gt=0, lt=1)
+    bracket: int = Field(default=27, ge=2)
+    hyperband: bool = False
+
+    @field_validator("rungs")
+    @classmethod
+    def _ascending(cls, rungs: list[int]) -> list[int]:
+        if rungs[0] < 1 or rungs != sorted(set(rungs)):
+            raise ValueError(f"rungs {rungs}: give rounds from 1 up, ascending")
+        return rungs
+
+
+class Sweep(_Model):
+    """The families that a sweep trains; what a family leaves out is its default space's.
+
+    `sampler` draws the variants; one that learns from outcomes asks for `ahead` packs beyond those
+    told. `halving` stops boosters early. `ensemble` is how many of the best are tried together
+    (0: the best alone), and `calibrate` lets validation choose among raw scores, Platt's
+    sigmoid and isotonic regression.
+    """
+
+    sampler: Literal["random", "grid", "tpe", "cmaes"] = "random"
+    ahead: int = Field(default=16, ge=1)
+    halving: Halved | None = None
+    ensemble: int = Field(default=0, ge=0, le=50)
+    calibrate: bool = False
     families: dict[str, Space] = Field(
         default_factory=lambda: {name: Space.model_validate(space) for name, space in SPACE.items()}
     )
@@ -272,6 +299,17 @@ class Sweep(_Model):
                         f"{', '.join(SETTINGS[name])}{suggestion(setting, list(SETTINGS[name]))}"
                     )
         return {name: {**SPACE[name], **(space or {})} for name, space in families.items()}
+
+    @model_validator(mode="after")
+    def _sampler_fits(self) -> Sweep:
+        if self.sampler == "grid":
+            draw(self.families, 0, "grid")
+        if self.halving and SAMPLERS[self.sampler] and self.ahead < self.halving.bracket:
+            raise ValueError(
+                f"sampler {self.sampler!r} asks {self.ahead} packs ahead, fewer than the "
+                f"{self.halving.bracket} that a bracket waits for; raise ahead or lower bracket"
+            )
+        return self
 
 
 class Pipeline(_Model):

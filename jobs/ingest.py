@@ -19,6 +19,9 @@ import polars as pl
 from cluster import storage
 from jobs.config import Table, suggestion
 
+# URLs that Polars reads itself, lazily.
+_POLARS_READS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "file")
+
 INVALID = "_invalid"
 DTYPES: dict[str, pl.DataType] = {
     "int32": pl.Int32(),
@@ -173,18 +176,30 @@ def _fingerprint(file: str) -> list[int | str]:
     return [size, digest.hexdigest()]
 
 
+def _readable(file: str) -> str | bytes:
+    """What Polars scans: its own name for the file, or the content where it has none."""
+    if "://" not in file or file.split("://")[0] in _POLARS_READS:
+        return file
+    import fsspec
+
+    with fsspec.open(file, "rb") as stream:
+        content: bytes = stream.read()
+    return content
+
+
 def _normalised(
     file: str, table: Table, alarms: list[Alarm], types: dict[str, str]
 ) -> pl.LazyFrame:
     """The file's rows as the declared columns and `_invalid`; adds to `alarms` and `types`."""
     try:
+        source = _readable(file)
         if table.kind == "csv":
             frame = pl.scan_csv(
-                file, separator=table.separator, infer_schema=False, glob=False,
+                source, separator=table.separator, infer_schema=False, glob=False,
                 row_index_name="_row", row_index_offset=2,
             )  # fmt: skip
         else:
-            frame = pl.scan_parquet(file, glob=False)
+            frame = pl.scan_parquet(source, glob=False)
         schema = frame.collect_schema()
         empty = frame.head(1).collect().is_empty()
     except (pl.exceptions.PolarsError, OSError) as error:

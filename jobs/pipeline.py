@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from cluster import dask_lease, session
+from cluster.device import Device
 from cluster.environment import Environment
 from jobs import progress, report, sweep, training_set
 from jobs.config import Pipeline
@@ -41,6 +42,7 @@ def execute(
     environment: Environment,
     base: Path,
     console: Console,
+    device: Device,
     dask_workers: int | None = None,
 ) -> Run:
     """Do the steps that `run` hasn't finished.
@@ -51,6 +53,7 @@ def execute(
         environment: Where it runs.
         base: Folder that relative source paths start from.
         console: Where progress is shown.
+        device: From `cluster.device.choose`.
         dask_workers: Workers of a Dask cluster leased from Ray that features are spread over; 0
             computes them in this process; None takes the environment's standing lease, and where
             there is none decides by the number of events.
@@ -60,7 +63,7 @@ def execute(
         goes on.
     """
     with ExitStack() as stack:
-        work = _Work(pipeline, run, environment, base, console, dask_workers, stack)
+        work = _Work(pipeline, run, environment, base, console, device, dask_workers, stack)
         try:
             run = run.do("ingest", work.ingest)
             run = work.run = run.do("validate", work.validate)
@@ -93,11 +96,13 @@ class _Work:
         environment: Environment,
         base: Path,
         console: Console,
+        device: Device,
         dask_workers: int | None,
         stack: ExitStack,
     ) -> None:
         self.pipeline, self.run, self.environment = pipeline, run, environment
         self.base, self.console, self.dask_workers = base, console, dask_workers
+        self.device = device
         self.tables = environment.storage_root
         self._stack = stack
         self._session: session.Session | None = None
@@ -145,11 +150,15 @@ class _Work:
         detail: dict[str, dict[str, Any]] = {}
         for name, table in self.pipeline.tables.items():
             with self.console.status(f"validate: {name}"):
-                done = validate(name, table, self.tables, tables=self.pipeline.tables)
+                done = validate(
+                    name, table, self.tables, tables=self.pipeline.tables, device=self.device
+                )
             detail[name] = asdict(done)
+        ran = [table["ran"] for table in detail.values()]
+        engines, devices = (", ".join(sorted({e[k] for e in ran})) for k in ("engine", "device"))
         rows_out = sum(table["rows"] for table in detail.values())
         rows_in = rows_out + sum(table["quarantined"] for table in detail.values())
-        return _step("validate", start, rows_in, rows_out, detail)
+        return _step("validate", start, rows_in, rows_out, detail, engines, devices)
 
     def features(self) -> Step:
         start = time.perf_counter()
@@ -337,6 +346,7 @@ def _step(
     rows_out: int,
     detail: dict[str, Any],
     engine: str = "polars-streaming",
+    device: str = "cpu",
 ) -> Step:
     return Step(
         name=name,
@@ -344,6 +354,6 @@ def _step(
         rows_in=rows_in,
         rows_out=rows_out,
         engine=engine,
-        device="cpu",
+        device=device,
         detail=detail,
     )

@@ -1,13 +1,15 @@
 """Draws a sweep's variants from their declared space.
 
-Knows nothing of how variants are trained. All of them are drawn up front, so that the same seed
-gives the same variants whatever the workers do.
+Knows nothing of how variants are trained. What doesn't learn from outcomes is drawn up front, and
+what learns is told of packs in the order in which it was asked for them: the same seed gives the
+same variants whatever the workers do.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from models import boosting, forest, network
+from models import boosting, forest, logistic, network
 from models.families import FREE, Variant
 
 # Every setting of every family, with its default.
@@ -15,9 +17,18 @@ SETTINGS = {
     "boosting": boosting.DEFAULTS,
     "forest": forest.DEFAULTS,
     "network": network.DEFAULTS,
+    "logistic": logistic.DEFAULTS,
 }
 
-# 216 variants; what a pipeline without a `sweep` of its own tries.
+# By name: whether they learn from outcomes.
+SAMPLERS = {"random": False, "grid": False, "tpe": True, "cmaes": True}
+
+
+class SearchError(ValueError):
+    """A sampler can't draw from a space; the message says what to change."""
+
+
+# 224 variants; what a pipeline without a `sweep` of its own tries.
 SPACE: dict[str, dict[str, Any]] = {
     "boosting": {
         "packs": 20,
@@ -53,25 +64,150 @@ SPACE: dict[str, dict[str, Any]] = {
             "weight_decay": {"min": 0.001, "max": 1.0, "log": True},
         },
     },
+    "logistic": {
+        "packs": 1,
+        "pack_size": 8,
+        "settings": {"l2": [1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]},
+    },
 }
 
 
-def draw(families: Mapping[str, Any], seed: int) -> list[Variant]:
-    """Draws every family's variants with Optuna's random sampler.
+def draw(families: Mapping[str, Any], seed: int, sampler: str = "random") -> list[Variant]:
+    """Draws every family's variants, by a sampler that doesn't learn.
 
     Args:
         families: Name to `jobs.config.Space`.
         seed: Draws are a function of it and of the space.
+        sampler: "random" draws packs x pack_size of each family at most, with Optuna: a draw that
+            repeats an earlier one is left out. "grid" gives every combination of the choices.
 
     Returns:
-        Variants in the order of the families; packs x pack_size of each, at most: a draw that
-        repeats an earlier one is left out.
+        Variants in the order of the families.
+
+    Raises:
+        SearchError: The grid has a range in it.
     """
     found: dict[tuple[tuple[str, Any], ...], Variant] = {}
     for family, space in families.items():
-        for variant in _draw_family(family, space, seed):
+        drawn = _grid if sampler == "grid" else _draw_family
+        for variant in drawn(family, space, seed):
             found[tuple(sorted(variant.items()))] = variant
     return list(found.values())
+
+
+def most(families: Mapping[str, Any], seed: int, sampler: str) -> list[str]:
+    """The family of each variant that a sweep may try; a few may be drawn twice and fall out."""
+    if SAMPLERS[sampler]:
+        return [f for f, space in families.items() for _ in range(space.packs * space.pack_size)]
+    return [str(variant["family"]) for variant in draw(families, seed, sampler)]
+
+
+class Learned:
+    """Packs from an Optuna sampler that learns, a study a family, families in turn.
+
+    All members of a pack are trials, so that all teach; the first is drawn freely and the others
+    take from it what a pack shares.
+    """
+
+    def __init__(
+        self, families: Mapping[str, Any], seed: int, *, sampler: str, ahead: int = 16
+    ) -> None:
+        """Makes the studies.
+
+        Args:
+            families: Name to `jobs.config.Space`.
+            seed: Of the sampler.
+            sampler: "tpe" or "cmaes".
+            ahead: Packs asked for beyond those told. Many keep workers busy, few teach sooner.
+
+        Raises:
+            SearchError: The sampler isn't installed.
+        """
+        self.ahead: int | None = ahead
+        self._families, self._seed = families, seed
+        self._studies = {family: _study(sampler, seed) for family in families}
+        turns = [[family] * space.packs for family, space in families.items()]
+        self._turns = [f for turn in itertools.zip_longest(*turns) for f in turn if f is not None]
+        self._asked: list[tuple[str, list[Any]]] = []
+        self._told = 0
+
+    def ask(self) -> list[Variant] | None:
+        """The next pack, or None when the budget is spent."""
+        if len(self._asked) == len(self._turns):
+            return None
+        family = self._turns[len(self._asked)]
+        space, study = self._families[family], self._studies[family]
+        how = {name: _distribution(each) for name, each in space.settings.items()}
+        turns = {
+            name: each
+            for name, each in space.settings.items()
+            if name in FREE[family] and isinstance(each, list)
+        }
+        trials: list[Any] = []
+        pack: list[Variant] = []
+        for member in range(space.pack_size):
+            fixed = {name: each[member % len(each)] for name, each in turns.items()}
+            if trials:
+                fixed |= {k: v for k, v in trials[0].params.items() if k not in FREE[family]}
+            if fixed:
+                study.enqueue_trial(fixed)
+            trial = study.ask(how)
+            trials.append(trial)
+            own = {"seed": self._seed + member} if "seed" in FREE[family] else {"seed": self._seed}
+            pack.append({"family": family, **own, **trial.params})
+        self._asked.append((family, trials))
+        return pack
+
+    def tell(self, outcomes: Sequence[Any]) -> None:
+        """Takes the outcomes (`jobs.sweep.Outcome`) of the first pack not told yet."""
+        import optuna
+
+        family, trials = self._asked[self._told]
+        self._told += 1
+        for trial, outcome in zip(trials, outcomes, strict=True):
+            if outcome.valid_auc is None:
+                self._studies[family].tell(trial, state=optuna.trial.TrialState.FAIL)
+            else:
+                self._studies[family].tell(trial, outcome.valid_auc)
+
+
+def _study(sampler: str, seed: int) -> Any:
+    import importlib.util
+    import warnings
+
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if sampler == "tpe":
+        made: Any = optuna.samplers.TPESampler(seed=seed)
+    elif importlib.util.find_spec("cmaes") is None:
+        raise SearchError(
+            "sampler 'cmaes' needs the package 'cmaes', which isn't installed: "
+            "`pip install cmaes`, or take tpe"
+        )
+    else:
+        with warnings.catch_warnings():
+            # Choices are drawn at random beside it, which the docs say.
+            warnings.simplefilter("ignore")
+            made = optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+    return optuna.create_study(direction="maximize", sampler=made)
+
+
+def _grid(family: str, space: Any, seed: int) -> list[Variant]:
+    for name, how in space.settings.items():
+        if not isinstance(how, list | int | float):
+            raise SearchError(
+                f"setting {name!r} of {family!r} is a range, and a grid takes choices: "
+                "list values, or take another sampler"
+            )
+    choices = {
+        name: how if isinstance(how, list) else [how] for name, how in space.settings.items()
+    }
+    choices = {"seed": [seed], **choices}
+    return [
+        {"family": family, **dict(zip(choices, values, strict=True))}
+        for values in itertools.product(*choices.values())
+    ]
 
 
 def _draw_family(family: str, space: Any, seed: int) -> list[Variant]:

@@ -14,7 +14,8 @@ from typing import Any
 
 import polars as pl
 
-from cluster import storage
+from cluster import frames, storage
+from cluster.device import Device
 from jobs.config import Table
 from jobs.ingest import INVALID
 
@@ -27,17 +28,31 @@ class ValidationError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Validated:
-    """What validate left: version and rows of the table, rows put aside, and counts by rule."""
+    """What validate left.
+
+    Attributes:
+        version: Version of the table.
+        rows: Rows it has now.
+        quarantined: Rows put aside.
+        by_rule: How many rows broke each rule.
+        ran: What checked the rules.
+    """
 
     version: int
     rows: int
     quarantined: int
     by_rule: dict[str, int]
+    ran: frames.Ran
 
 
 @storage.retried
 def validate(
-    name: str, table: Table, root: str | Path, *, tables: Mapping[str, Table]
+    name: str,
+    table: Table,
+    root: str | Path,
+    *,
+    tables: Mapping[str, Table],
+    device: Device,
 ) -> Validated:
     """Move the rows of `name` that break a rule to the table `quarantine/NAME`.
 
@@ -49,6 +64,7 @@ def validate(
         table: Its declaration.
         root: Where tables are stored.
         tables: All declarations; a foreign key's table must be among them.
+        device: Where to check the rules.
 
     Raises:
         ValidationError: Too many rows fail, or row count or freshness is out of bounds.
@@ -62,7 +78,8 @@ def validate(
     # "|" joins, since a rule's own name may hold commas.
     joined = pl.concat_str(names, separator="|", ignore_nulls=True) if names else pl.lit("")
     try:
-        flagged = storage.scan(root, name, version).with_columns(joined.alias(RULE)).collect()
+        plan = storage.scan(root, name, version).with_columns(joined.alias(RULE))
+        flagged, ran = frames.collect(plan, device, or_cpu=True)
     except pl.exceptions.PolarsError as error:
         raise ValidationError(
             f"table {name!r}: a rule doesn't fit its column's type: {error}; ranges, allowed and "
@@ -91,7 +108,9 @@ def validate(
             metadata={key: kept[key] for key in own if key in kept}
             | {"quarantined": str(bad.height)},
         )
-    return Validated(version=version, rows=good.height, quarantined=bad.height, by_rule=by_rule)
+    return Validated(
+        version=version, rows=good.height, quarantined=bad.height, by_rule=by_rule, ran=ran
+    )
 
 
 def _failures(table: Table, root: str | Path, tables: Mapping[str, Table]) -> dict[str, pl.Expr]:

@@ -9,8 +9,8 @@ take NaN, cuML's don't, and both should get the same rows. Trees are grown on th
 import copy
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 

@@ -79,7 +79,7 @@ def fit_pack(variants: Sequence[Variant], data: TrainingData) -> list[Fitted]:
 
 def _before(l2: float) -> int:
     """The last step of the path whose penalty is at least this; -1 for none."""
-    return sum(step >= l2 for step in PATH) - 1
+    return len([step for step in PATH if step >= l2]) - 1
 
 
 def _newton(

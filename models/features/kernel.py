@@ -20,15 +20,17 @@ from models.features.windows import DAY_US, starts
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Features and labels, a column of `out` a feature, all of 4 bytes.
+    """Features and labels, by `Shape.columns`.
 
     Attributes:
         who: int32 (rows), codes of entities.
-        out: float32 (features + labels, rows); the Int32 ones are ints in the same memory.
+        floats: float32 (float columns, rows).
+        ints: int32 (int columns, rows).
     """
 
     who: Array
-    out: Array
+    floats: Array
+    ints: Array
 
 
 def warm(spec: FeatureSpec, *, labels: bool = False) -> None:
@@ -105,7 +107,10 @@ def _run(
 ) -> Rows:
     made = shape(spec, labels=labels)
     rows = int(first[-1])
-    out = np.empty((len(made.features) + (len(spec.labels) if labels else 0), rows), np.float32)
+    floats, ints = (
+        np.empty((count, rows), dtype)
+        for count, dtype in zip(made.outputs, (np.float32, np.int32), strict=True)
+    )
     who = np.empty(rows, np.int32)
     bounds = events.bounds
     if cut_at is not None:
@@ -126,8 +131,8 @@ def _run(
         events.slots,
         events.flags,
         who,
-        out,
-        out.view(np.int32),
+        floats,
+        ints,
     )
     run(0, 0, 0, *arguments)  # Compiles, once and not on every thread.
     run_all(
@@ -137,7 +142,7 @@ def _run(
             if a < b
         ]
     )
-    return Rows(who=who, out=out)
+    return Rows(who=who, floats=floats, ints=ints)
 
 
 def edges(made: Shape, cuts: Array) -> tuple[Array, Array]:
@@ -149,31 +154,22 @@ def edges(made: Shape, cuts: Array) -> tuple[Array, Array]:
     return before, after.reshape(len(made.horizons), cuts.size)
 
 
-def to_frame(rows: Rows, made: Shape, spec: FeatureSpec, *, labels: bool) -> pl.DataFrame:
+def to_frame(rows: Rows, made: Shape) -> pl.DataFrame:
     """Columns over the kernel's memory, without a copy; NaN is null."""
     import pyarrow as pa
 
-    columns = [(f.name, f.dtype == "Int32") for f in made.features]
-    if labels:
-        columns += [(item.name, item.kind != "sum") for item in spec.labels]
-    n = rows.out.shape[1]
+    n = rows.who.size
 
-    def column(values: Array, whole: bool) -> Any:
+    def column(whole: bool, row: int) -> Any:
         if whole:
-            return pa.Array.from_buffers(pa.int32(), n, [None, pa.py_buffer(values)])
-        bits = np.empty((n + 7) // 8, np.uint8)
+            return pa.Array.from_buffers(pa.int32(), n, [None, pa.py_buffer(rows.ints[row])])
+        values, bits = rows.floats[row], np.empty((n + 7) // 8, np.uint8)
         nulls = int(_valid(values, bits))
         validity = pa.py_buffer(bits) if nulls else None
         return pa.Array.from_buffers(pa.float32(), n, [validity, pa.py_buffer(values)], nulls)
 
-    arrays = run_all(
-        [
-            partial(column, values, whole)
-            for values, (_, whole) in zip(rows.out, columns, strict=True)
-        ]
-    )
-    table = pa.table(arrays, names=[name for name, _ in columns])
-    frame = pl.from_arrow(table, rechunk=False)
+    arrays = run_all([partial(column, whole, row) for _, whole, row in made.columns])
+    frame = pl.from_arrow(pa.table(arrays, names=[c[0] for c in made.columns]), rechunk=False)
     assert isinstance(frame, pl.DataFrame)
     return frame
 
@@ -186,7 +182,7 @@ def features_at_cutoffs(
     for rows in at_cutoffs(ready.events, spec, cuts, labels=labels, at_once=at_once):
         when = np.empty(rows.who.size, np.int64)
         _last_cuts(rows.who, cuts, when)
-        yield to_frame(rows, made, spec, labels=labels).select(
+        yield to_frame(rows, made).select(
             ready.entities.decode(rows.who, spec.entity),
             pl.Series("cutoff", when, pl.Int64).cast(pl.Datetime("us")),
             pl.all(),
@@ -201,7 +197,7 @@ def features_at_rows(
     cuts = keys["_c"].to_numpy()
     order = np.lexsort((cuts, codes))
     rows = at_rows(ready.events, spec, codes[order], cuts[order], labels=labels)
-    frame = to_frame(rows, shape(spec, labels=labels), spec, labels=labels)
+    frame = to_frame(rows, shape(spec, labels=labels))
     back = np.empty(order.size, np.int64)
     back[order] = np.arange(order.size)
     return frame.select(pl.all().gather(back))
@@ -236,12 +232,27 @@ def _last_cuts(who, cuts, when):  # type: ignore[no-untyped-def]
 def _valid(values, bits):  # type: ignore[no-untyped-def]
     """Sets a bit for each value that isn't NaN, lowest first; returns how many are."""
     n = values.size
-    nulls = 0
-    for byte in range(bits.size):
-        word = 0
-        for k in range(min(8, n - byte * 8)):
-            good = values[byte * 8 + k] == values[byte * 8 + k]
-            word |= int(good) << k
-            nulls += not good
+    good = 0
+    for i in range(n):
+        good += values[i] == values[i]
+    if good == n:
+        return 0
+    for byte in range(n // 8):
+        i = byte * 8
+        # Written out, as the compiler makes vectors of this and not of a loop.
+        word = np.uint8(values[i] == values[i])
+        word |= np.uint8(values[i + 1] == values[i + 1]) << 1
+        word |= np.uint8(values[i + 2] == values[i + 2]) << 2
+        word |= np.uint8(values[i + 3] == values[i + 3]) << 3
+        word |= np.uint8(values[i + 4] == values[i + 4]) << 4
+        word |= np.uint8(values[i + 5] == values[i + 5]) << 5
+        word |= np.uint8(values[i + 6] == values[i + 6]) << 6
+        word |= np.uint8(values[i + 7] == values[i + 7]) << 7
         bits[byte] = word
-    return nulls
+    if n % 8:
+        word = np.uint8(0)
+        for k in range(n % 8):
+            at = n - n % 8 + k
+            word |= np.uint8(values[at] == values[at]) << k
+        bits[bits.size - 1] = word
+    return n - good

@@ -23,7 +23,7 @@ from models.features.sorting import (
 from models.features.spec import FeatureSpec, Scalar
 
 # Events read at a time where memory is bounded.
-_BATCH_EVENTS = 250_000
+_BATCH_EVENTS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)

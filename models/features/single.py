@@ -36,8 +36,8 @@ class Online:
             )
         self.spec = spec
         self._made = shape(spec, labels=False)
+        self._columns = self._made.columns
         self._run = kernel(spec, self._made)
-        self._whole = [f.dtype == "Int32" for f in self._made.features]
         self._slots = [
             {value: slot for slot, value in enumerate(category.values)}
             for category in spec.categories.values()
@@ -114,7 +114,7 @@ class Online:
             raise FeatureError(f"an event lacks the column {error}") from None
         cuts = np.array([micros(cutoff)], np.int64)
         before, after = edges(self._made, cuts)
-        out = np.empty((len(self._whole), 1), np.float32)
+        floats, ints = np.empty(self._made.outputs[0], "f4"), np.empty(self._made.outputs[1], "i4")
         self._run(
             0, 1, 0, 1, np.array([0, n]), np.array([0, 1]), n, cuts, before, after,
             np.array([moments[i] for i in order], np.int64),
@@ -122,13 +122,10 @@ class Online:
             previous.reshape(len(spec.distinct), n),
             slots.reshape(len(spec.categories), n),
             np.array(flags, np.uint32),
-            np.empty(1, np.int32), out, out.view(np.int32),
+            np.empty(1, np.int32), floats.reshape(-1, 1), ints.reshape(-1, 1),
         )  # fmt: skip
-        floats, ints = out[:, 0].tolist(), out.view(np.int32)[:, 0].tolist()
-        return {
-            f.name: i if whole else (x if x == x else None)
-            for f, whole, x, i in zip(self._made.features, self._whole, floats, ints, strict=True)
-        }
+        values = [[x if x == x else None for x in floats.tolist()], ints.tolist()]
+        return {name: values[whole][row] for name, whole, row in self._columns}
 
 
 def _moment(event: Event, column: str) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.features.arithmetic import HEADER
-from models.features.spec import Feature, FeatureSpec, describe
+from models.features.spec import Feature, FeatureSpec, LabelSpec, describe
 from models.features.windows import fixed_us
 
 LN2 = math.log(2.0)
@@ -52,6 +52,7 @@ class Shape:
 
     Attributes:
         features: the ones it computes, in output order.
+        labels: the ones it computes, after the features.
         windows: durations, in the order of the rows of `starts`.
         horizons: labels' days, in the order of the rows of `ends`.
         measures: names.
@@ -65,6 +66,7 @@ class Shape:
     """
 
     features: Sequence[Feature]
+    labels: Sequence[LabelSpec]
     windows: Sequence[str]
     horizons: Sequence[int]
     measures: Sequence[str]
@@ -75,6 +77,27 @@ class Shape:
     stacks: Sequence[tuple[str, str]]
     slots: Sequence[int]
     total_slots: int
+
+    @property
+    def columns(self) -> list[tuple[str, bool, int]]:
+        """Each output's name, whether it is an int, and its row among the ints or floats."""
+        out, rows = [], [0, 0]
+        named = [(f.name, f.dtype == "Int32") for f in self.features]
+        for name, whole in [*named, *((item.name, item.kind != "sum") for item in self.labels)]:
+            out.append((name, whole, rows[whole]))
+            rows[whole] += 1
+        return out
+
+    @property
+    def targets(self) -> list[str]:
+        """Where the source writes each output."""
+        return [f"{'ints_out' if i else 'floats_out'}[{r}, row]" for _, i, r in self.columns]
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """How many floats and ints a row has."""
+        ints = sum(whole for _, whole, _ in self.columns)
+        return len(self.columns) - ints, ints
 
     @property
     def doubles(self) -> int:
@@ -117,6 +140,7 @@ def shape(spec: FeatureSpec, *, labels: bool) -> Shape:
         total += len(category.values) + 1
     return Shape(
         features=features,
+        labels=wanted,
         windows=list(windows),
         horizons=sorted({label.horizon_days for label in wanted}),
         measures=list(spec.measures),
@@ -158,7 +182,7 @@ _ARGUMENTS = "cuts, starts, ends, t, m, previous, slot, flags"
 _CPU = f'''
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def run(first, last, row, own, bounds, cut_at, longest, {_ARGUMENTS}, who, out, outi):
+def run(first, last, row, own, bounds, cut_at, longest, {_ARGUMENTS}, who, floats_out, ints_out):
     """Writes the rows of the entities first:last, from `row` on.
 
     own: 0 if all have the same cutoffs, 1 if entity e's are cuts[cut_at[e]:cut_at[e + 1]].
@@ -187,7 +211,7 @@ def run(first, last, row, own, bounds, cut_at, longest, {_ARGUMENTS}, who, out, 
             who[row + c] = e
         scan(
             s0, s1, c0, c1, row, 0, 0, {_ARGUMENTS},
-            fs, ints, stack, bits, acc, out, outi,
+            fs, ints, stack, bits, acc, floats_out, ints_out,
         )
         row += c1 - c0
     return row
@@ -196,7 +220,7 @@ def run(first, last, row, own, bounds, cut_at, longest, {_ARGUMENTS}, who, out, 
 _CUDA = f'''
 
 @cuda.jit
-def run(rows, own, bounds, cut_at, {_ARGUMENTS}, fs, ints, stack, bits, out, outi):
+def run(rows, own, bounds, cut_at, {_ARGUMENTS}, fs, ints, stack, bits, floats_out, ints_out):
     """A thread an entity; entity e's rows start at rows[e]."""
     e = cuda.grid(1)
     if e >= bounds.size - 1:
@@ -213,7 +237,7 @@ def run(rows, own, bounds, cut_at, {_ARGUMENTS}, fs, ints, stack, bits, out, out
     if c0 < c1:
         scan(
             s0, s1, c0, c1, rows[e], s0 + e, (s0 >> 6) + e, {_ARGUMENTS},
-            fs, ints, stack, bits, acc, out, outi,
+            fs, ints, stack, bits, acc, floats_out, ints_out,
         )
 '''
 
@@ -236,7 +260,7 @@ class _Writer:
             "@device",
             "def scan(",
             f"    s0, s1, c0, c1, row, z, zw, {_ARGUMENTS},",
-            "    fs, ints, stack, bits, acc, out, outi,",
+            "    fs, ints, stack, bits, acc, floats_out, ints_out,",
             "):",
         ]
         self.put("n = s1 - s0")
@@ -398,18 +422,19 @@ if before > -2:
 
     def _emit(self) -> None:
         self.known = set()
-        for i, feature in enumerate(self.made.features):
-            target = "outi" if feature.dtype == "Int32" else "out"
-            self.put(f"{target}[{i}, row] = {self._value(feature)}")
-        labels = self.spec.labels if self.made.horizons else []
-        for i, label in enumerate(labels, len(self.made.features)):
+        targets = iter(self.made.targets)
+        for feature in self.made.features:
+            text = self._value(feature)
+            self.put(f"{next(targets)} = {text}")
+        for label in self.made.labels:
             y = self.made.horizons.index(label.horizon_days)
             if label.kind == "sum":
                 h, low = self._sum(str(label.measure), "x", None, f"y{y}", "e", f"y{y}")
-                self.put(f"out[{i}, row] = {h} + {low}")
+                text = f"{h} + {low}"
             else:
                 test = {"none": " == 0", "any": " > 0", "count": ""}[label.kind]
-                self.put(f"outi[{i}, row] = int(y{y} - e{test})")
+                text = f"int(y{y} - e{test})"
+            self.put(f"{next(targets)} = {text}")
 
     def _once(self, name: str, text: str) -> str:
         """Writes `name = text` unless this row has it already."""

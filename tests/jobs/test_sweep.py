@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from cluster import session
 from jobs import sweep
-from models.families import TrainingData
+from jobs.config import Sweep
+from jobs.search import Learned
+from models import families
+from models.families import Fitted, TrainingData, Variant
 
 VARIANTS = [
     *({"family": "boosting", "rounds": r, "depth": d} for d in (2, 3) for r in (5, 20)),
@@ -52,10 +56,11 @@ def test_resume_trains_only_what_is_missing(tmp_path: Path, data: TrainingData) 
     journal.write_text(journal.read_text() + '{"variant": {"fam')
     trained: list[sweep.Outcome] = []
     every = sweep.run(VARIANTS, data, journal=journal, workers=2, on_done=trained.extend)
-    assert len(trained) == len(VARIANTS) - 3
+    assert len(trained) == len(VARIANTS)
     assert every[:3] == first
-    assert sweep.run(VARIANTS, data, journal=journal, workers=2, on_done=trained.extend) == every
-    assert len(trained) == len(VARIANTS) - 3
+    lines = journal.read_text()
+    assert sweep.run(VARIANTS, data, journal=journal, workers=2) == every
+    assert journal.read_text() == lines
 
 
 def test_a_killed_worker_repeats_its_pack(tmp_path: Path, data: TrainingData) -> None:
@@ -84,3 +89,122 @@ def test_a_failing_variant_is_told_and_stops_nothing(tmp_path: Path, data: Train
     assert outcomes[2].error is not None
     assert "rounds" in outcomes[2].error
     assert all(outcome.error is None for outcome in outcomes[:2])
+
+
+BOOSTERS = [
+    {"family": "boosting", "rounds": rounds, "depth": depth, "row_share": 0.8, "seed": seed}
+    for depth in (1, 2, 3)
+    for seed in (1, 2, 3)
+    for rounds in (8, 40)
+]
+HALVING = sweep.Halving(rungs=(5, 15), keep=0.34, bracket=5)
+
+
+def told(outcomes: Sequence[sweep.Outcome]) -> list[object]:
+    return [(each.variant, each.valid_auc, each.pruned_at, each.curve) for each in outcomes]
+
+
+def test_halving_goes_on_where_it_stopped_and_is_the_same_with_any_workers(
+    tmp_path: Path, data: TrainingData
+) -> None:
+    whole = sweep.run(BOOSTERS, data, journal=tmp_path / "whole", workers=2)
+    one = sweep.run(BOOSTERS, data, journal=tmp_path / "one", workers=1, halving=HALVING)
+    two = sweep.run(BOOSTERS, data, journal=tmp_path / "two", workers=2, halving=HALVING)
+    assert told(one) == told(two)
+    # 9 boosters in brackets of 5 and 4: 2 and 2 pass the first rung, 1 and 1 the second.
+    stopped = [each.pruned_at for each in one if each.variant["rounds"] == 40]
+    assert sorted(stopped, key=str) == [15, 15, 5, 5, 5, 5, 5, None, None]
+    for each, alone in zip(one, whole, strict=True):
+        if each.pruned_at is None:
+            assert each.valid_auc == alone.valid_auc
+
+
+def test_a_halved_sweep_resumes_to_the_same_end(tmp_path: Path, data: TrainingData) -> None:
+    journal = tmp_path / "journal"
+    whole = sweep.run(BOOSTERS, data, journal=journal, workers=2, halving=HALVING)
+    lines = journal.read_text().splitlines(keepends=True)
+    for count in (3, 8, 13):
+        journal.write_text("".join(lines[:count]))
+        again = sweep.run(BOOSTERS, data, journal=journal, workers=1, halving=HALVING)
+        assert told(again) == told(whole)
+    assert told(sweep.outcomes(journal, BOOSTERS, halving=HALVING)) == told(whole)
+
+
+def test_hyperband_lets_each_third_bracket_run_whole(tmp_path: Path, data: TrainingData) -> None:
+    halving = sweep.Halving(rungs=(5, 15), keep=0.34, bracket=3, hyperband=True)
+    outcomes = sweep.run(BOOSTERS, data, journal=tmp_path / "journal", workers=2, halving=halving)
+    stopped = [each.pruned_at for each in outcomes if each.variant["rounds"] == 40]
+    assert sorted(stopped[:3], key=str) == [15, 5, None]
+    assert sorted(stopped[3:6], key=str) == [15, None, None]
+    assert stopped[6:] == [None] * 3
+
+
+def learned() -> Learned:
+    settings = {
+        "rounds": [5, 10],
+        "depth": {"min": 1, "max": 4},
+        "learning_rate": {"min": 0.02, "max": 0.5},
+    }
+    space = {"boosting": {"packs": 16, "pack_size": 2, "settings": settings}}
+    families = Sweep.model_validate({"families": space, "sampler": "tpe"}).families
+    return Learned(families, 3, sampler="tpe", ahead=4)
+
+
+def test_a_learning_sampler_asks_the_same_with_any_workers_and_resumes(
+    tmp_path: Path, data: TrainingData
+) -> None:
+    journal = tmp_path / "one"
+    one = sweep.run(learned(), data, journal=journal, workers=1)
+    assert told(one) == told(sweep.run(learned(), data, journal=tmp_path / "two", workers=2))
+    assert len(one) == 32
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:21]))
+    assert told(sweep.run(learned(), data, journal=journal, workers=2)) == told(one)
+    kept = journal.read_text().splitlines(keepends=True)[:21]
+    assert kept == lines[:21]
+    assert told(sweep.outcomes(journal, learned())) == told(one)
+    journal.write_text("".join(lines[:21]))
+    with pytest.raises(sweep.SweepError, match="lacks"):
+        sweep.outcomes(journal, learned())
+
+
+def test_warm_actors_serve_several_sweeps(tmp_path: Path, data: TrainingData) -> None:
+    other = TrainingData(
+        x_train=data.x_train[::-1].copy(),
+        y_train=1 - data.y_train[::-1],
+        x_valid=data.x_valid,
+        y_valid=1 - data.y_valid,
+    )
+    with sweep.pool(2) as warm:
+        first = sweep.run(VARIANTS, data, journal=tmp_path / "first", on=warm)
+        second = sweep.run(VARIANTS, other, journal=tmp_path / "second", on=warm)
+    assert scores(first) == scores(sweep.run(VARIANTS, data, journal=tmp_path / "cold"))
+    assert scores(second) == scores(sweep.run(VARIANTS, other, journal=tmp_path / "colder"))
+
+
+def test_a_pack_that_does_not_fit_in_memory_is_halved(
+    data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def small_memory(
+        variants: Sequence[Variant], data: TrainingData, **how: object
+    ) -> list[Fitted]:
+        sizes.append(len(variants))
+        if len(variants) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return families._network(variants, data)
+
+    monkeypatch.setitem(families.FAMILIES, "network", small_memory)
+    pack = [{"family": "network", "epochs": 1, "seed": seed} for seed in range(7)]
+    outcomes = sweep.train_pack(pack, data)
+    assert [outcome.variant for outcome in outcomes] == pack
+    assert all(outcome.valid_auc is not None for outcome in outcomes)
+    assert sizes == [7, 3, 1, 1, 1, 3, 1, 1, 1, 1]
+
+
+def test_a_variant_whose_scores_are_not_numbers_is_told(data: TrainingData) -> None:
+    pack = [{"family": "network", "epochs": 1, "learning_rate": r} for r in (0.003, 1e30)]
+    good, bad = sweep.train_pack(pack, data)
+    assert good.error is None and good.valid_auc is not None
+    assert bad.valid_auc is None and bad.error is not None and "finite" in bad.error

@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 
 from cluster import storage
+from cluster.device import choose
 from jobs.config import Table
 from jobs.ingest import ingest
 from jobs.validate import ValidationError, validate
@@ -31,6 +32,9 @@ RULES = {
 }
 
 
+CPU = choose("cpu")
+
+
 def _tables(tmp_path, rules=RULES, share=1.0):
     (tmp_path / "sales.csv").write_text(ROWS)
     (tmp_path / "shops.csv").write_text("shop\na\nb\nx\n")
@@ -46,7 +50,7 @@ def _tables(tmp_path, rules=RULES, share=1.0):
 
 
 def _validate(tmp_path, tables):
-    return validate("sales", tables["sales"], tmp_path / "tables", tables=tables)
+    return validate("sales", tables["sales"], tmp_path / "tables", tables=tables, device=CPU)
 
 
 def test_failing_rows_go_to_quarantine_under_their_rules_names(tmp_path):
