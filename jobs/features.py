@@ -5,6 +5,7 @@ any number of Dask workers.
 """
 
 import datetime as dt
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ class Built:
         rows: One an entity and cutoff.
         columns: Features and labels.
         new: Whether this call made the version.
+        computed: Rows that this call computed; fewer than `rows` where only cutoffs were new.
         engine: What computed it.
         compile_s: What compiling the declaration took, or loading what was compiled before.
     """
@@ -41,6 +43,7 @@ class Built:
     rows: int
     columns: int
     new: bool
+    computed: int
     engine: str
     compile_s: float
 
@@ -54,6 +57,9 @@ def build(
     lease: dask_lease.Lease | dask_lease.Standing | None = None,
 ) -> Built:
     """Bring the table `features/NAME` up to its events in at most one commit.
+
+    Where nothing has changed before the end of what the last call looked at, and the declaration
+    has only got more cutoffs, the rows of those are added to the others.
 
     Args:
         name: The features' name.
@@ -69,27 +75,44 @@ def build(
     target = f"features/{name}"
     sources = [declared.table, *(lookup.table for lookup in declared.lookups), *declared.tables]
     versions = {source: storage.version(root, source) for source in sources}
-    made_of = blake2b(f"{versions} {declared.model_dump_json()}".encode(), digest_size=16)
+    made_of = _digest(versions, declared.model_dump_json())
     events = storage.scan(root, declared.table, versions[declared.table])
     onto = storage.latest(root, target)
-    new = onto is None or storage.metadata(root, target, onto).get("made_of") != made_of.hexdigest()
-    compile_s = 0.0
+    before = {} if onto is None else storage.metadata(root, target, onto)
+    new = before.get("made_of") != made_of
+    compile_s, computed = 0.0, 0
     if new:
         _check_horizons(name, declared, events)
         # Here, so that workers find it on disk.
         compile_s = compile_kernel(declared, labels=True)
+        cutoffs = cutoff_times(declared)
+        apart = _digest(
+            {table: versions[table] for table in sources if table != declared.table},
+            declared.model_dump_json(exclude={"cutoffs"}),
+        )
+        done = _still_valid(declared, events, before, apart, cutoffs)
+        work = partial(
+            _partition, declared, str(root), versions, [c for c in cutoffs if c not in done]
+        )
         parts = sorted(events.select(storage.PART).unique().collect()[storage.PART])
-        work = partial(_partition, declared, str(root), versions)
         frames = (
             map(work, parts) if lease is None else dask_lease.map_partitions(work, parts, lease)
         )
+        frame = pl.concat(list(frames))
+        computed = frame.height
         version = storage.write(
             root,
             target,
-            pl.concat(list(frames)),
-            mode="overwrite",
+            frame,
+            mode="append" if done else "overwrite",
             onto=onto,
-            metadata={"made_of": made_of.hexdigest(), "sources": str(versions)},
+            metadata={
+                "made_of": made_of,
+                "sources": str(versions),
+                "apart_from_events": apart,
+                "cutoffs": json.dumps([c.isoformat() for c in cutoffs]),
+                "past": _past(declared, events, max(cutoffs, default=None)),
+            },
         )
     else:
         assert onto is not None
@@ -103,9 +126,44 @@ def build(
         # Beside the entity, the cutoff and the partition.
         columns=len(table.collect_schema()) - 3,
         new=new,
+        computed=computed,
         engine=computed_by(declared) + (f" on {lease.workers} Dask workers" if lease else ""),
         compile_s=compile_s,
     )
+
+
+def _digest(*parts: object) -> str:
+    return blake2b(" ".join(map(str, parts)).encode(), digest_size=16).hexdigest()
+
+
+def _still_valid(
+    declared: Features,
+    events: pl.LazyFrame,
+    before: dict[str, str],
+    apart: str,
+    cutoffs: list[dt.datetime],
+) -> list[dt.datetime]:
+    """The cutoffs whose rows in the table stand as they are; none where any must be made anew."""
+    done = [dt.datetime.fromisoformat(c) for c in json.loads(before.get("cutoffs", "[]"))]
+    if not done or before.get("apart_from_events") != apart or not set(done) < set(cutoffs):
+        return []
+    return done if _past(declared, events, max(done)) == before.get("past") else []
+
+
+def _past(declared: Features, events: pl.LazyFrame, last_cutoff: dt.datetime | None) -> str:
+    """A fingerprint of the events that rows up to a cutoff, and their labels, are computed from."""
+    if last_cutoff is None:
+        return ""
+    horizon = max((each.horizon_days for each in declared.labels), default=0)
+    until = last_cutoff + dt.timedelta(days=horizon)
+    schema = events.collect_schema()
+    time = pl.col(declared.time)
+    if getattr(schema[declared.time], "time_zone", None) is not None:
+        time = time.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+    seen = events.filter(time < until).select(
+        pl.len(), pl.struct(schema.names()).hash(seed=7).sum().alias("hash")
+    )
+    return str(seen.collect(engine="streaming").row(0))
 
 
 def scan_events(declared: Features, root: str | Path, versions: dict[str, int]) -> pl.LazyFrame:
@@ -130,7 +188,13 @@ def with_lookups(
     return rows
 
 
-def _partition(declared: Features, root: str, versions: dict[str, int], part: int) -> pl.DataFrame:
+def _partition(
+    declared: Features,
+    root: str,
+    versions: dict[str, int],
+    cutoffs: list[dt.datetime],
+    part: int,
+) -> pl.DataFrame:
     events = scan_events(declared, root, versions).filter(pl.col(storage.PART) == part)
     # The partitions of other tables may be others: their entities are looked up.
     entities = events.select(declared.entity).unique().collect().lazy()
@@ -140,7 +204,7 @@ def _partition(declared: Features, root: str, versions: dict[str, int], part: in
         )
         for name in declared.tables
     }
-    frame = compute(events, declared, labels=True, tables=tables)
+    frame = compute(events, declared, cutoffs, labels=True, tables=tables)
     return frame.with_columns(pl.lit(part, dtype=pl.Int32).alias(storage.PART))
 
 

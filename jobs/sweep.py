@@ -411,6 +411,8 @@ def _train(board: _Board, data: TrainingData, on: Pool) -> Iterator[list[Outcome
             raise SweepError(f"a worker died three times on {dict(pack.variants[0])}") from error
         idle.append(actor)
         board.add(pack, outcomes)
+        if not board.open:
+            board.ask()
     yield from board.finished()
     for actor in on.actors:
         actor.forget.remote()

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from urllib.parse import quote
 import numpy as np
 import polars as pl
 
+from models import sweep_rows
 from models.scoring import Scorer
 
 P = ParamSpec("P")
@@ -50,6 +52,8 @@ _FORMER_KEPT = 500
 # A model version's tag holds 100,000 characters; a thousand described features take more.
 _TAG_CHARACTERS = 90_000
 _ERROR_CHARACTERS = 5_000
+# Runs a transaction: others can't write to a SQLite database meanwhile.
+_BATCH = 200
 
 
 class RegistryError(ValueError):
@@ -97,6 +101,8 @@ class Trial:
         seconds: Training seconds.
         error: Why it failed, or None.
         seed: Seed of the run.
+        cpu_s: CPU seconds; None where they weren't measured.
+        curve: Rounds and validation AUC; MLflow shows it as the metric `curve_valid_auc`.
     """
 
     variant: dict[str, Any]
@@ -104,6 +110,8 @@ class Trial:
     seconds: float
     error: str | None = None
     seed: int
+    cpu_s: float | None = None
+    curve: Sequence[Sequence[float]] = ()
 
 
 def _mlflow_errors_as_oserror(
@@ -601,6 +609,8 @@ class SweepLog:
         self._parent_id = parent_id
         self._tags = dict(tags)
         self._logged = dict(logged)
+        self._database = sweep_rows.store(registry._client)
+        self._artifacts = registry._client.get_experiment(experiment_id).artifact_location
         self._waiting: queue.SimpleQueue[Sequence[Trial] | None] = queue.SimpleQueue()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._write, name="sweep-log", daemon=True)
@@ -611,41 +621,87 @@ class SweepLog:
         self._waiting.put(list(trials))
 
     def _write(self) -> None:
-        while (trials := self._waiting.get()) is not None:
+        trials = self._waiting.get()
+        while trials is not None:
+            batch, ended = list(trials), False
+            while len(batch) < _BATCH and not self._waiting.empty():
+                more = self._waiting.get()
+                if more is None:
+                    ended = True
+                    break
+                batch += more
             try:
-                for trial in trials:
-                    self._write_one(trial)
+                for at in range(0, len(batch), _BATCH):
+                    self._write_batch(batch[at : at + _BATCH])
             except Exception as error:
                 # Raised to the caller by `_close`.
                 self._error = error
                 return
+            trials = None if ended else self._waiting.get()
 
-    def _write_one(self, trial: Trial) -> None:
-        client = self._registry._client
-        settings = json.dumps(trial.variant, sort_keys=True)
-        key = hashlib.sha256(settings.encode()).hexdigest()[:32]
-        run_id, status = self._logged.get(key, (None, "RUNNING"))
-        if status != "RUNNING":
-            return
+    def _write_batch(self, trials: Sequence[Trial]) -> None:
+        children: dict[str, sweep_rows.Child] = {}
+        for trial in trials:
+            settings = json.dumps(trial.variant, sort_keys=True)
+            key = hashlib.sha256(settings.encode()).hexdigest()[:32]
+            run_id, status = self._logged.get(key, (None, "RUNNING"))
+            if status != "RUNNING" or key in children:
+                continue
+            child = self._child(key, trial, run_id or uuid.uuid4().hex)
+            if self._database is None or run_id is not None:
+                self._write_one(child, run_id)
+                self._logged[key] = (child.run_id, child.status)
+            else:
+                children[key] = child
+        if children:
+            sweep_rows.insert(
+                self._database, self._experiment_id, self._artifacts, list(children.values())
+            )
+        self._logged |= {key: (child.run_id, child.status) for key, child in children.items()}
+
+    def _child(self, key: str, trial: Trial, run_id: str) -> sweep_rows.Child:
         ended_ms = time.time_ns() // 1_000_000
-        if run_id is None:
-            family = trial.variant.get("family", "variant")
-            run_id = client.create_run(
-                self._experiment_id,
-                start_time=ended_ms - round(trial.seconds * 1000),
-                tags={**self._tags, "mlflow.parentRunId": self._parent_id, "variant": key},
-                run_name=f"{family} {key[:8]}",
-            ).info.run_id
-        self._registry._log(
-            run_id,
-            params=trial.variant,
-            metrics={**trial.metrics, "training_seconds": trial.seconds},
-            tags={"seed": str(trial.seed)}
+        metrics = {**trial.metrics, "training_seconds": trial.seconds}
+        if trial.cpu_s is not None:
+            metrics["cpu_seconds"] = trial.cpu_s
+        return sweep_rows.Child(
+            run_id=run_id,
+            name=f"{trial.variant.get('family', 'variant')} {key[:8]}",
+            status="FINISHED" if trial.error is None else "FAILED",
+            started_ms=ended_ms - round(trial.seconds * 1000),
+            ended_ms=ended_ms,
+            params={name: str(value) for name, value in trial.variant.items()},
+            metrics=[(name, float(value), 0) for name, value in metrics.items()]
+            + [("curve_valid_auc", float(value), int(step)) for step, value in trial.curve],
+            tags={
+                **self._tags,
+                "mlflow.parentRunId": self._parent_id,
+                "variant": key,
+                "seed": str(trial.seed),
+            }
             | ({} if trial.error is None else {"error": trial.error[:_ERROR_CHARACTERS]}),
         )
-        status = "FINISHED" if trial.error is None else "FAILED"
-        client.set_terminated(run_id, status, ended_ms)
-        self._logged[key] = (run_id, status)
+
+    def _write_one(self, child: sweep_rows.Child, run_id: str | None) -> None:
+        """By the client: on a server, or where the run is there already."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        client = self._registry._client
+        if run_id is None:
+            run_id = client.create_run(
+                self._experiment_id,
+                start_time=child.started_ms,
+                tags=dict(child.tags),
+                run_name=child.name,
+            ).info.run_id
+        client.log_batch(
+            run_id,
+            metrics=[Metric(name, value, child.ended_ms, at) for name, value, at in child.metrics],
+            params=[Param(name, value) for name, value in child.params.items()],
+            tags=[RunTag(name, value) for name, value in child.tags.items()],
+            synchronous=True,
+        )
+        client.set_terminated(run_id, child.status, child.ended_ms)
 
     def _close(self, status: str) -> None:
         """Waits for what was added, ends the parent, raises the thread's error as OSError."""

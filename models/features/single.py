@@ -36,7 +36,7 @@ class Online:
             )
         self.spec = spec
         self._made = shape(spec, labels=False)
-        self._columns = self._made.columns
+        self._columns, self._outputs = self._made.columns, self._made.outputs
         self._run = kernel(spec, self._made)
         self._slots = [
             {value: slot for slot, value in enumerate(category.values)}
@@ -114,7 +114,7 @@ class Online:
             raise FeatureError(f"an event lacks the column {error}") from None
         cuts = np.array([micros(cutoff)], np.int64)
         before, after = edges(self._made, cuts)
-        floats, ints = np.empty(self._made.outputs[0], "f4"), np.empty(self._made.outputs[1], "i4")
+        floats, ints = np.empty(self._outputs[0], "f4"), np.empty(self._outputs[1], "i4")
         self._run(
             0, 1, 0, 1, np.array([0, n]), np.array([0, 1]), n, cuts, before, after,
             np.array([moments[i] for i in order], np.int64),

@@ -96,3 +96,36 @@ def test_a_label_past_the_last_event_is_refused(root: Path) -> None:
     with pytest.raises(HorizonError, match=r"'lapse_10d' looks 10 days ahead.*end the cutoffs at"):
         build("orders", late, root)
     assert not storage.exists(root, "features/orders")
+
+
+def test_a_new_cutoff_adds_its_rows_only_while_the_past_stands(root: Path) -> None:
+    def declared(end: str) -> Features:
+        cutoffs = {"every": "10d", "start": "2024-02-01", "end": end}
+        return DECLARED.model_validate(
+            DECLARED.model_dump(exclude_none=True) | {"cutoffs": cutoffs}
+        )
+
+    first = build("orders", declared("2024-02-25"), root)
+    assert first.computed == first.rows
+    onto = storage.version(root, "orders")
+    late = storage.scan(root, "orders").collect().head(20).with_columns(at=pl.datetime(2024, 3, 31))
+    storage.write(root, "orders", late, mode="append", onto=onto, metadata={})
+    more = build("orders", declared("2024-03-10"), root)
+    assert 0 < more.computed < more.rows
+    added = table(root, more.version)
+
+    # A day that changes what was looked at makes all rows anew.
+    early = late.with_columns(at=pl.datetime(2024, 2, 20))
+    storage.write(root, "orders", early, mode="append", onto=onto + 1, metadata={})
+    anew = build("orders", declared("2024-03-11"), root)
+    assert anew.computed == anew.rows
+    assert not table(root, anew.version).equals(added)
+
+    # And what was added is what is made in one go.
+    other = build("others", declared("2024-02-25"), root)
+    storage.write(root, "orders", late, mode="append", onto=onto + 2, metadata={})
+    other = build("others", declared("2024-03-11"), root)
+    whole = build("orders", declared("2024-03-11"), root)
+    assert other.computed < other.rows and whole.computed == whole.rows
+    others = storage.scan(root, "features/others", other.version).collect()
+    assert others.sort("customer", "cutoff").equals(table(root, whole.version))

@@ -1,5 +1,6 @@
 """The registry on a real SQLite database and behind a real MLflow server."""
 
+import dataclasses
 import os
 import signal
 import socket
@@ -372,7 +373,7 @@ def children(uri: str, experiment: str, run_name: str) -> tuple[Any, list[Any]]:
 
     client = MlflowClient(uri)
     experiment_id = client.get_experiment_by_name(experiment).experiment_id
-    runs = client.search_runs([experiment_id])
+    runs = client.search_runs([experiment_id], max_results=5_000)
     (parent,) = [run for run in runs if run.info.run_name == run_name]
     parents = {run.data.tags.get("mlflow.parentRunId") for run in runs} - {None}
     assert parents <= {parent.info.run_id}
@@ -410,6 +411,22 @@ def test_a_sweep_is_a_parent_with_a_child_a_variant(
     assert done.info.end_time - done.info.start_time == 2_500
     assert failed.info.status == "FAILED"
     assert failed.data.tags["error"] == "ValueError: no rows"
+
+
+def test_a_learning_curve_and_the_cost_are_shown_by_mlflow(
+    registry: Registry, uri: str, name: str
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    curve = [[10, 0.6], [20, 0.7], [40, 0.68]]
+    with registry.sweep(name, run_name="r1", params={}, tags={}) as log:
+        log.add([dataclasses.replace(trial(40), curve=curve, cpu_s=1.25)])
+    _, (run,) = children(uri, name, "r1")
+    points = MlflowClient(uri).get_metric_history(run.info.run_id, "curve_valid_auc")
+    assert [[point.step, point.value] for point in points] == curve
+    assert run.data.metrics["curve_valid_auc"] == 0.68
+    assert run.data.metrics["cpu_seconds"] == 1.25
+    assert run.info.artifact_uri.endswith(f"{run.info.run_id}/artifacts")
 
 
 KILLED = """
