@@ -275,7 +275,7 @@ class Sweep(_Model):
     sampler: Literal["random", "grid", "tpe", "cmaes"] = "random"
     ahead: int = Field(default=16, ge=1)
     halving: Halved | None = None
-    ensemble: int = Field(default=0, ge=0, le=50)
+    ensemble: int = Field(default=10, ge=0, le=50)
     calibrate: bool = False
     families: dict[str, Space] = Field(
         default_factory=lambda: {name: Space.model_validate(space) for name, space in SPACE.items()}

@@ -16,11 +16,14 @@ from typing import Literal
 
 import polars as pl
 
-from cluster import storage
+from cluster import frames, storage
+from cluster.device import Device, choose
 from jobs.config import Table, suggestion
 
 # URLs that Polars reads itself, lazily.
 _POLARS_READS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "file")
+
+_CPU = choose("cpu")
 
 INVALID = "_invalid"
 DTYPES: dict[str, pl.DataType] = {
@@ -59,17 +62,29 @@ class Alarm:
 
 @dataclass(frozen=True, kw_only=True)
 class Ingested:
-    """What ingest left: the table's version, its rows and partitions, and whether it is new."""
+    """What ingest left.
+
+    Attributes:
+        version: Version of the table.
+        rows: Its rows.
+        partitions: Its partitions.
+        new: Whether this call made the version.
+        alarms: Changes of the sources' schema.
+        ran: What read the files; None where nothing had changed.
+    """
 
     version: int
     rows: int
     partitions: int
     new: bool
     alarms: tuple[Alarm, ...]
+    ran: frames.Ran | None = None
 
 
 @storage.retried
-def ingest(name: str, table: Table, root: str | Path, *, base: Path) -> Ingested:
+def ingest(
+    name: str, table: Table, root: str | Path, *, base: Path, device: Device = _CPU
+) -> Ingested:
     """Bring the table `name` up to its source files in at most one commit.
 
     Same files and declaration: no commit. Only new files: their rows are appended. A changed or
@@ -80,6 +95,7 @@ def ingest(name: str, table: Table, root: str | Path, *, base: Path) -> Ingested
         table: Its declaration.
         root: Where tables are stored.
         base: What relative source paths are relative to.
+        device: Where to read and cast them; the CPU does what a GPU can't.
 
     Raises:
         SourceError: A file is missing, empty or unreadable.
@@ -107,8 +123,8 @@ def ingest(name: str, table: Table, root: str | Path, *, base: Path) -> Ingested
 
     alarms: list[Alarm] = []
     types: dict[str, str] = json.loads(before.get("types", "{}"))
-    frames = [_normalised(f, table, alarms, types) for f in files if not (same and f in known)]
-    frame = pl.concat(frames).collect(engine="streaming")
+    read = [_normalised(f, table, alarms, types) for f in files if not (same and f in known)]
+    frame, ran = frames.collect(pl.concat(read), device, or_cpu=True)
     # Appended rows keep the first commit's count, or an entity would lie in two partitions.
     count = int(before["partitions"]) if same else storage.partitions(frame.height)
     count = count if table.entity is not None else 1
@@ -127,7 +143,9 @@ def ingest(name: str, table: Table, root: str | Path, *, base: Path) -> Ingested
         },
     )
     rows = int(storage.scan(root, name).select(pl.len()).collect().item())
-    return Ingested(version=version, rows=rows, partitions=count, new=True, alarms=tuple(alarms))
+    return Ingested(
+        version=version, rows=rows, partitions=count, new=True, alarms=tuple(alarms), ran=ran
+    )
 
 
 def _files(name: str, table: Table, base: Path) -> list[str]:

@@ -10,7 +10,7 @@ import socket
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,12 +21,12 @@ from cluster import dask_lease, session
 from cluster.device import Device
 from cluster.environment import Environment
 from jobs import progress, report, sweep, training_set
-from jobs.config import Pipeline
+from jobs.config import Pipeline, Sweep
 from jobs.features import build
 from jobs.ingest import ingest
 from jobs.register import register
 from jobs.runs import Run, Step
-from jobs.search import draw
+from jobs.search import most, variants
 from jobs.validate import validate
 from models.registry import Registry, Trial
 
@@ -105,6 +105,7 @@ class _Work:
         self.device = device
         self.tables = environment.storage_root
         self._stack = stack
+        self._warm = stack.enter_context(ExitStack())
         self._session: session.Session | None = None
 
     def connect(self) -> session.Session:
@@ -132,6 +133,11 @@ class _Work:
         return self._stack.enter_context(dask_lease.lease(workers=workers))
 
     @cached_property
+    def warm(self) -> sweep.Pool:
+        """Actors that train, one a CPU; the sweep starts them and `register` ends them."""
+        return self._warm.enter_context(sweep.pool(max(1, int(self.connect().cpus))))
+
+    @cached_property
     def registry(self) -> Registry:
         return Registry(self.environment.tracking_uri)
 
@@ -140,25 +146,24 @@ class _Work:
         detail: dict[str, dict[str, Any]] = {}
         for name, table in self.pipeline.tables.items():
             with self.console.status(f"ingest: {name}"):
-                done = ingest(name, table, self.tables, base=self.base)
+                done = ingest(name, table, self.tables, base=self.base, device=self.device)
             detail[name] = asdict(done) | {"alarms": [str(alarm) for alarm in done.alarms]}
         rows = sum(table["rows"] for table in detail.values())
-        return _step("ingest", start, rows, rows, detail)
+        ran = [table["ran"] for table in detail.values() if table["ran"]]
+        engines = ", ".join(sorted({each["engine"] for each in ran})) or "nothing had changed"
+        devices = ", ".join(sorted({each["device"] for each in ran})) or "cpu"
+        return _step("ingest", start, rows, rows, detail, engines, devices)
 
     def validate(self) -> Step:
         start = time.perf_counter()
         detail: dict[str, dict[str, Any]] = {}
         for name, table in self.pipeline.tables.items():
             with self.console.status(f"validate: {name}"):
-                done = validate(
-                    name, table, self.tables, tables=self.pipeline.tables, device=self.device
-                )
+                done = validate(name, table, self.tables, tables=self.pipeline.tables)
             detail[name] = asdict(done)
-        ran = [table["ran"] for table in detail.values()]
-        engines, devices = (", ".join(sorted({e[k] for e in ran})) for k in ("engine", "device"))
         rows_out = sum(table["rows"] for table in detail.values())
         rows_in = rows_out + sum(table["quarantined"] for table in detail.values())
-        return _step("validate", start, rows_in, rows_out, detail, engines, devices)
+        return _step("validate", start, rows_in, rows_out, detail, "pandera on polars")
 
     def features(self) -> Step:
         start = time.perf_counter()
@@ -191,8 +196,8 @@ class _Work:
 
     def sweep(self) -> Step:
         start = time.perf_counter()
-        variants = draw(self.pipeline.sweep.families, self.pipeline.seed)
-        workers = max(1, int(self.connect().cpus))
+        declared = self.pipeline.sweep
+        families = most(declared.families, self.pipeline.seed, declared.sampler)
         detail: dict[str, dict[str, Any]] = {}
         rows = 0
         for name in self.pipeline.targets:
@@ -204,13 +209,13 @@ class _Work:
                     run_name=f"{self.run.run_id} {self.run.attempt} {name}",
                     params={
                         "target": name,
-                        "variants": len(variants),
+                        "variants": len(families),
                         "seed": self.pipeline.seed,
                         "data_version": self._data_version(name),
                     },
                     tags={"run_id": self.run.run_id, "git_revision": self.run.git_revision},
                 ) as log,
-                progress.sweep(name, variants, self.console) as show,
+                progress.sweep(name, families, self.console) as show,
             ):
 
                 def on_done(outcomes: Any, log: Any = log, show: progress.SweepView = show) -> None:
@@ -218,31 +223,38 @@ class _Work:
                     show.add(outcomes)
 
                 outcomes = sweep.run(
-                    variants,
+                    variants(declared, self.pipeline.seed),
                     matrices.training_data,
                     journal=self._journal(name),
-                    workers=workers,
+                    on=self.warm,
+                    halving=_halving(declared),
                     on_done=on_done,
                 )
             trained = [each for each in outcomes if each.valid_auc is not None]
             detail[name] = {
                 "variants": len(outcomes),
                 "failed": len(outcomes) - len(trained),
+                "pruned": sum(each.pruned_at is not None for each in outcomes),
                 "best_valid_auc": max((each.valid_auc or 0 for each in trained), default=None),
                 "training_s": round(sum(each.seconds for each in outcomes), 3),
+                "cpu_s": round(sum(each.cpu_s for each in outcomes), 3),
             }
-        engine = f"packs on {workers} Ray actors"
-        return _step("sweep", start, rows, len(variants) * len(detail), detail, engine)
+        engine = f"packs on {len(self.warm.actors)} Ray actors"
+        tried = sum(target["variants"] for target in detail.values())
+        return _step("sweep", start, rows, tried, detail, engine)
 
     def register(self) -> Step:
         start = time.perf_counter()
         targets: dict[str, dict[str, Any]] = {}
         rows = 0
-        variants = draw(self.pipeline.sweep.families, self.pipeline.seed)
+        declared = self.pipeline.sweep
+        fit = partial(sweep.fit, on=self.warm)
         for name, target in self.pipeline.targets.items():
             with self.console.status(f"register: {name}"):
                 frame, matrices = self._matrices(name)
-                outcomes = sweep.outcomes(self._journal(name), variants)
+                asked = variants(declared, self.pipeline.seed)
+                halving = _halving(declared)
+                outcomes = sweep.outcomes(self._journal(name), asked, halving=halving)
                 done = register(
                     name,
                     outcomes,
@@ -255,6 +267,9 @@ class _Work:
                     seed=self.pipeline.seed,
                     git_revision=self.run.git_revision,
                     evaluation=self.run.folder / f"evaluation-{name}.json",
+                    together=declared.ensemble,
+                    calibrate=declared.calibrate,
+                    fit=fit,
                 )
             rows += matrices.y["test"].size
             told = asdict(done)
@@ -267,6 +282,8 @@ class _Work:
                 "data_version": self._data_version(name),
                 "split": self.run.step("training").detail[name]["split"],
             }
+        # Serving needs the CPUs.
+        self._warm.close()
         detail = {"targets": targets}
         return _step("register", start, rows, len(targets), detail, "mlflow")
 
@@ -322,14 +339,25 @@ def _used(split: dict[str, int]) -> list[int]:
     return [rows for part, rows in split.items() if part not in ("purged", "unknown")]
 
 
+def _halving(declared: Sweep) -> sweep.Halving | None:
+    if declared.halving is None:
+        return None
+    said = declared.halving.model_dump()
+    return sweep.Halving(**said | {"rungs": tuple(said["rungs"])})
+
+
 def _trial(outcome: sweep.Outcome, seed: int) -> Trial:
     metrics = {} if outcome.valid_auc is None else {"valid_auc": outcome.valid_auc}
+    if outcome.pruned_at is not None:
+        metrics["pruned_at_rounds"] = float(outcome.pruned_at)
     return Trial(
         variant=outcome.variant,
         metrics=metrics,
         seconds=outcome.seconds,
         error=outcome.error,
         seed=int(outcome.variant.get("seed", seed)),
+        cpu_s=outcome.cpu_s,
+        curve=outcome.curve,
     )
 
 

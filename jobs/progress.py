@@ -1,4 +1,4 @@
-"""The live view of a sweep: variants done, failed, the best so far, rate and time left."""
+"""The live view of a sweep: variants done, failed, stopped, the best so far, rate, time left."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -8,18 +8,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jobs.sweep import Outcome
-from models.families import Variant
 
 
 class SweepView:
     """Takes outcomes as they come; made by `sweep`."""
 
-    def __init__(self, target: str, variants: Sequence[Variant], bars: Progress) -> None:
+    def __init__(self, target: str, families: Sequence[str], bars: Progress) -> None:
         self._bars, self._start, self._done = bars, time.monotonic(), 0
-        self._total = len(variants)
+        self._total = len(families)
         self._best: dict[str, float] = {}
         self._failed: dict[str, int] = {}
-        families = [str(variant["family"]) for variant in variants]
+        self._pruned: dict[str, int] = {}
         self._rows = {
             family: bars.add_task(f"{target} {family}", total=families.count(family), said="")
             for family in dict.fromkeys(families)
@@ -34,6 +33,8 @@ class SweepView:
                 self._failed[family] = self._failed.get(family, 0) + 1
             else:
                 self._best[family] = max(self._best.get(family, 0.0), outcome.valid_auc)
+            if outcome.pruned_at is not None:
+                self._pruned[family] = self._pruned.get(family, 0) + 1
             self._bars.update(self._rows[family], advance=1, said=self._said(family))
         self._done += len(outcomes)
         rate = self._done / max(time.monotonic() - self._start, 1e-9)
@@ -45,16 +46,17 @@ class SweepView:
     def _said(self, family: str) -> str:
         best = f"best {self._best[family]:.4f}" if family in self._best else ""
         failed = f" {self._failed[family]} failed" if family in self._failed else ""
-        return best + failed
+        pruned = f" {self._pruned[family]} stopped early" if family in self._pruned else ""
+        return best + failed + pruned
 
 
 @contextmanager
-def sweep(target: str, variants: Sequence[Variant], console: Console) -> Iterator[SweepView]:
+def sweep(target: str, families: Sequence[str], console: Console) -> Iterator[SweepView]:
     """Shows bars by family, and one for the whole, while the block runs.
 
     Args:
         target: What is predicted.
-        variants: All that will be tried.
+        families: The family of each variant that will be tried.
         console: Where; without a terminal only the last state is printed.
     """
     columns = (
@@ -65,4 +67,4 @@ def sweep(target: str, variants: Sequence[Variant], console: Console) -> Iterato
         TextColumn("{task.fields[said]}"),
     )
     with Progress(*columns, console=console) as bars:
-        yield SweepView(target, variants, bars)
+        yield SweepView(target, families, bars)

@@ -1,10 +1,11 @@
 """The best variant of a sweep to a registered model, promoted only if it beats the champion.
 
-The champion and the newcomer score the same test rows; neither was trained on them.
+The champion and the newcomer score the same test rows; neither was trained on them. Validation
+rows choose: the variant, or the weights of the best few together, and whether to calibrate.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ import polars as pl
 
 from jobs.sweep import Outcome
 from jobs.training_set import LABEL, SPLIT, FeatureColumn, Matrices
-from models import baseline, importance
+from models import baseline, calibration, ensemble, importance
 from models.encoding import EncodingError
-from models.families import FAMILIES
+from models.families import FAMILIES, Fitted, TrainingData, Variant, packs
 from models.metrics import auc, calibration_curve, evaluate, gain_curve
 from models.registry import Registry
 from models.scoring import Scorer
@@ -33,9 +34,11 @@ class Registered:
     Attributes:
         variants: How many were trained.
         failed: How many of them failed.
-        family: The best variant's family.
-        variant: Its settings.
-        valid_auc: Its AUC on the validation rows.
+        pruned: How many were stopped early.
+        family: The best variant's family, or "ensemble".
+        variant: Its settings; of an ensemble its `members`, each with its `weight`. With
+            `calibration` where one was chosen.
+        valid_auc: Its AUC on the validation rows, which chose it: more than new rows will give.
         test: Its metrics on the test rows, by name.
         baseline: The baseline's metrics on the same rows; None where none is declared.
         model_version: The version registered.
@@ -45,6 +48,7 @@ class Registered:
 
     variants: int
     failed: int
+    pruned: int
     family: str
     variant: dict[str, Any]
     valid_auc: float
@@ -68,8 +72,11 @@ def register(
     seed: int,
     git_revision: str,
     evaluation: Path,
+    together: int = 0,
+    calibrate: bool = False,
+    fit: Callable[[Sequence[Variant], TrainingData], list[Fitted]] | None = None,
 ) -> Registered:
-    """Train the best variant again, test it, register it, and promote it if it earns that.
+    """Train the best variants again, test them, register one, and promote it if it earns that.
 
     Args:
         name: The target, which names the model.
@@ -83,14 +90,26 @@ def register(
         seed: The pipeline's.
         git_revision: The code's.
         evaluation: File to leave curves and importance in, as JSON, for the report.
+        together: How many of the best are tried as an ensemble; below 2 for none.
+        calibrate: Whether validation chooses a calibration.
+        fit: Trains variants; None trains them in this process.
 
     Raises:
         RegisterError: Every variant failed.
         MetricError: The test rows have one class only.
     """
-    best = _best(name, outcomes)
-    (fitted,) = FAMILIES[str(best.variant["family"])]([best.variant], matrices.training_data)
-    scorer = Scorer(encoder=matrices.encoder, predict=fitted.predict)
+    best = _best(name, outcomes, together)
+    data = matrices.training_data
+    trained = (fit or _fit)([outcome.variant for outcome in best], data)
+    family, variant, predict, valid_n = _together(trained, data.y_valid)
+    valid_auc = auc(data.y_valid, valid_n)
+    if calibrate:
+        method = calibration.choose(data.y_valid, valid_n, seed=seed)
+        if method != "raw":
+            fitted = calibration.fit(method, data.y_valid, valid_n)
+            predict = calibration.Calibrated(model=predict, calibration=fitted)
+            variant = {**variant, "calibration": method}
+    scorer = Scorer(encoder=matrices.encoder, predict=predict)
     x_test, y_test = matrices.x["test"], matrices.y["test"]
     scores_n = scorer.predict(x_test)
     metrics = evaluate(y_test, scores_n)
@@ -99,10 +118,10 @@ def register(
     simple: np.ndarray | None = None
     if baseline_features:
         train = frame.filter(pl.col(SPLIT) == "train")
-        predict = baseline.fit(train, baseline_features, train[LABEL].to_numpy())
-        simple = predict(test_rows)
+        rule = baseline.fit(train, baseline_features, train[LABEL].to_numpy())
+        simple = rule(test_rows)
     lost_p = importance.permutation(
-        fitted.predict, matrices.x["validate"], matrices.y["validate"], seed=seed
+        predict, matrices.x["validate"], matrices.y["validate"], seed=seed
     )
     _write(evaluation, _evaluation(y_test, scores_n, simple, lost_p, matrices, columns))
 
@@ -111,8 +130,8 @@ def register(
         name,
         scorer,
         example=test_rows.select(matrices.encoder.feature_names).head(5),
-        family=str(best.variant["family"]),
-        variant=best.variant,
+        family=family,
+        variant=variant,
         features=[
             {
                 "name": column.name,
@@ -132,13 +151,13 @@ def register(
         registry.promote(name, card.version)
     else:
         registry.challenge(name, card.version)
-    assert best.valid_auc is not None
     return Registered(
         variants=len(outcomes),
         failed=sum(outcome.error is not None for outcome in outcomes),
+        pruned=sum(outcome.pruned_at is not None for outcome in outcomes),
         family=card.family,
-        variant=dict(best.variant),
-        valid_auc=best.valid_auc,
+        variant=variant,
+        valid_auc=valid_auc,
         test=metrics,
         baseline=None if simple is None else evaluate(y_test, simple),
         model_version=card.version,
@@ -147,15 +166,40 @@ def register(
     )
 
 
-def _best(name: str, outcomes: Sequence[Outcome]) -> Outcome:
-    trained = [outcome for outcome in outcomes if outcome.valid_auc is not None]
+def _best(name: str, outcomes: Sequence[Outcome], together: int) -> list[Outcome]:
+    """The best by validation AUC; what was stopped early isn't what its settings say."""
+    trained = [o for o in outcomes if o.valid_auc is not None and o.pruned_at is None]
     if not trained:
         raise RegisterError(
             f"target {name!r}: all {len(outcomes)} variants failed, the first with: "
             f"{outcomes[0].error}; change the sweep's space"
         )
     # The first of equals, so that the choice doesn't depend on who finished first.
-    return max(trained, key=lambda outcome: outcome.valid_auc or 0.0)
+    trained.sort(key=lambda outcome: -(outcome.valid_auc or 0.0))
+    return trained[: max(1, together)]
+
+
+def _fit(variants: Sequence[Variant], data: TrainingData) -> list[Fitted]:
+    fitted = [each for pack in packs(variants) for each in FAMILIES[pack[0]["family"]](pack, data)]
+    return [next(f for f in fitted if f.variant == variant) for variant in variants]
+
+
+def _together(
+    trained: Sequence[Fitted], y_valid: np.ndarray
+) -> tuple[str, dict[str, Any], Callable[[np.ndarray], np.ndarray], np.ndarray]:
+    """Family, settings, predict function and validation scores of the best, or of their mean."""
+    weights = ensemble.greedy(y_valid, [each.valid_scores for each in trained])
+    picked = [(each, w) for each, w in zip(trained, weights, strict=True) if w > 0]
+    if len(picked) == 1:
+        (alone, _), *_ = picked
+        return str(alone.variant["family"]), alone.variant, alone.predict, alone.valid_scores
+    shares = tuple(w for _, w in picked)
+    return (
+        "ensemble",
+        {"family": "ensemble", "members": [{**each.variant, "weight": w} for each, w in picked]},
+        ensemble.Average(models=tuple(each.predict for each, _ in picked), weights=shares),
+        ensemble.mean([each.valid_scores for each, _ in picked], shares),
+    )
 
 
 def _earned(

@@ -47,7 +47,7 @@ SPACE: dict[str, dict[str, Any]] = {
         "packs": 10,
         "pack_size": 4,
         "settings": {
-            "trees": [25, 50, 100, 200],
+            "trees": [25, 50, 75, 100],
             "depth": {"min": 4, "max": 12},
             "min_leaf": {"min": 2, "max": 50, "log": True},
             "feature_share": {"min": 0.05, "max": 0.3, "log": True},
@@ -93,6 +93,18 @@ def draw(families: Mapping[str, Any], seed: int, sampler: str = "random") -> lis
         for variant in drawn(family, space, seed):
             found[tuple(sorted(variant.items()))] = variant
     return list(found.values())
+
+
+def variants(declared: Any, seed: int) -> "list[Variant] | Learned":
+    """What a sweep tries: a list, or what asks for more as it learns.
+
+    Args:
+        declared: `jobs.config.Sweep`.
+        seed: Of the draws.
+    """
+    if SAMPLERS[declared.sampler]:
+        return Learned(declared.families, seed, sampler=declared.sampler, ahead=declared.ahead)
+    return draw(declared.families, seed, declared.sampler)
 
 
 def most(families: Mapping[str, Any], seed: int, sampler: str) -> list[str]:

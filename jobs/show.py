@@ -94,8 +94,9 @@ def models(cards: Sequence[Card], console: Console) -> None:
 
 def _targets(targets: dict[str, Any]) -> Table:
     table = Table(
-        "best on validation", "version", "family", "test AUC", "baseline", "avg. prec.", "lift 10 %"
-    )
+        "target", "version", "family", "AUC", "baseline", "AP", "lift 10 %",
+        title="champions and challengers on the test rows",
+    )  # fmt: skip
     for name, target in targets.items():
         baseline = target["baseline"]
         table.add_row(

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from models.families import FAMILIES, TrainingData, Variant, cost, packs
+from models.families import FAMILIES, Fitted, TrainingData, Variant, cost, packs
 from models.metrics import auc
 
 
@@ -186,6 +186,37 @@ def outcomes(
     if isinstance(variants, Sequence):
         return [done[_key(variant)] for variant in variants]
     return board.outcomes()
+
+
+def fit(variants: Sequence[Variant], data: TrainingData, *, on: Pool) -> list[Fitted]:
+    """Trains variants and brings the models back, in their order.
+
+    Args:
+        variants: As for `run`.
+        data: Encoded rows.
+        on: Actors; each pack goes to the next that is free.
+
+    Raises:
+        SweepError: A variant fails, or a pack lost its worker three times.
+    """
+    import ray
+
+    shared = [ray.put(data)]
+    waiting = sorted(packs(variants), key=cost)
+    idle = list(on.actors)
+    running: dict[Any, Any] = {}
+    found: dict[str, Fitted] = {}
+    while waiting or running:
+        while waiting and idle:
+            actor = idle.pop()
+            running[actor.fit.remote(waiting.pop(), shared)] = actor
+        (ready,), _ = ray.wait(list(running), num_returns=1)
+        idle.append(running.pop(ready))
+        try:
+            found |= {_key(each.variant): each for each in ray.get(ready)}
+        except ray.exceptions.RayError as error:
+            raise SweepError(f"variants that were trained before fail now: {error}") from error
+    return [found[_key(variant)] for variant in variants]
 
 
 class Listed:
@@ -438,20 +469,26 @@ class _Worker:
         looks: Sequence[int],
         dropped: Sequence[int],
     ) -> list[Outcome]:
+        rows = self._rows(data)
+        for each in dropped:
+            self._held.pop(each, None)
+        held = self._held.setdefault(number, {})
+        outcomes = train_pack(pack, rows, device=self._device, until=until, looks=looks, held=held)
+        if not held:
+            del self._held[number]
+        return outcomes
+
+    def fit(self, pack: list[Variant], data: list[Any]) -> list[Fitted]:
+        return FAMILIES[str(pack[0]["family"])](pack, self._rows(data), device=self._device)
+
+    def _rows(self, data: list[Any]) -> TrainingData:
         import ray
 
         if self._of != data[0]:
             self.forget()
             self._of, self._data = data[0], ray.get(data[0])
-        for each in dropped:
-            self._held.pop(each, None)
-        held = self._held.setdefault(number, {})
-        outcomes = train_pack(
-            pack, self._data, device=self._device, until=until, looks=looks, held=held
-        )
-        if not held:
-            del self._held[number]
-        return outcomes
+        rows: TrainingData = self._data
+        return rows
 
     def forget(self) -> None:
         """Drops the data and what was made of it."""

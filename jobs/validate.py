@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandera.polars as pandera
 import polars as pl
+from pandera.errors import SchemaErrors
 
-from cluster import frames, storage
-from cluster.device import Device
+from cluster import storage
 from jobs.config import Table
 from jobs.ingest import INVALID
 
@@ -35,14 +36,12 @@ class Validated:
         rows: Rows it has now.
         quarantined: Rows put aside.
         by_rule: How many rows broke each rule.
-        ran: What checked the rules.
     """
 
     version: int
     rows: int
     quarantined: int
     by_rule: dict[str, int]
-    ran: frames.Ran
 
 
 @storage.retried
@@ -52,7 +51,6 @@ def validate(
     root: str | Path,
     *,
     tables: Mapping[str, Table],
-    device: Device,
 ) -> Validated:
     """Move the rows of `name` that break a rule to the table `quarantine/NAME`.
 
@@ -64,34 +62,21 @@ def validate(
         table: Its declaration.
         root: Where tables are stored.
         tables: All declarations; a foreign key's table must be among them.
-        device: Where to check the rules.
 
     Raises:
         ValidationError: Too many rows fail, or row count or freshness is out of bounds.
         storage.StorageError: A table can't be read or written.
     """
     version = storage.version(root, name)
-    failures = _failures(table, root, tables)
-    names = [
-        pl.when(failed.fill_null(False)).then(pl.lit(rule)) for rule, failed in failures.items()
-    ]
+    frame = storage.scan(root, name, version).collect()
+    failed = _failed(name, frame, _schema(table, root, tables))
+    by_rule = {rule: count for rule, rows in failed.items() if (count := int(rows.sum()))}
     # "|" joins, since a rule's own name may hold commas.
+    names = [pl.when(rows).then(pl.lit(rule)) for rule, rows in failed.items()]
     joined = pl.concat_str(names, separator="|", ignore_nulls=True) if names else pl.lit("")
-    try:
-        plan = storage.scan(root, name, version).with_columns(joined.alias(RULE))
-        flagged, ran = frames.collect(plan, device, or_cpu=True)
-    except pl.exceptions.PolarsError as error:
-        raise ValidationError(
-            f"table {name!r}: a rule doesn't fit its column's type: {error}; ranges, allowed and "
-            f"foreign_keys take values of the column's type. The table is left as it was"
-        ) from error
+    flagged = frame.with_columns(joined.alias(RULE))
     bad = flagged.filter(pl.col(RULE) != "")
     good = flagged.filter(pl.col(RULE) == "").drop(RULE)
-    by_rule = {
-        rule: count
-        for rule in failures
-        if (count := int(bad[RULE].str.split("|").list.contains(rule).sum())) > 0
-    }
     _check_share(name, table, flagged.height, bad, by_rule)
     _check_rows(name, table, good.height)
     _check_freshness(name, table, good)
@@ -108,32 +93,32 @@ def validate(
             metadata={key: kept[key] for key in own if key in kept}
             | {"quarantined": str(bad.height)},
         )
-    return Validated(
-        version=version, rows=good.height, quarantined=bad.height, by_rule=by_rule, ran=ran
-    )
+    return Validated(version=version, rows=good.height, quarantined=bad.height, by_rule=by_rule)
 
 
-def _failures(table: Table, root: str | Path, tables: Mapping[str, Table]) -> dict[str, pl.Expr]:
-    """By rule name, the boolean expression that is true where a row fails it."""
-    rules, failures = table.rules, {}
+def _schema(table: Table, root: str | Path, tables: Mapping[str, Table]) -> pandera.DataFrameSchema:
+    """The table's rules as a pandera schema; a check's name is its rule's."""
+    rules = table.rules
+    checks: dict[str, list[pandera.Check]] = {column: [] for column in table.columns}
+    wide: list[pandera.Check] = []
     for column in table.columns:
-        wrong = pl.col(INVALID).str.contains(rf"(?m)^{re.escape(column)}: ")
-        failures[f"type:{column}"] = wrong
+        # Ingest has made the types; `_invalid` tells the values that it couldn't.
+        wrong = pl.col(INVALID).str.contains(rf"(?m)^{re.escape(column)}: ").fill_null(False)
+        wide.append(_check(f"type:{column}", ~wrong))
         if column not in rules.nullable:
-            failures[f"not_null:{column}"] = pl.col(column).is_null() & ~wrong.fill_null(False)
-    for column, bounds in rules.ranges.items():
-        sides = []
-        if bounds.min is not None:
-            sides.append(pl.col(column) < bounds.min)
-        if bounds.max is not None:
-            sides.append(pl.col(column) > bounds.max)
-        if sides:
-            failures[f"range:{column}"] = pl.any_horizontal(sides)
-    for column, values in rules.allowed.items():
-        failures[f"allowed:{column}"] = ~pl.col(column).is_in(values)
+            wide.append(_check(f"not_null:{column}", pl.col(column).is_not_null() | wrong))
     for columns in rules.unique:
         full = pl.all_horizontal(pl.col(columns).is_not_null())
-        failures[f"unique:{','.join(columns)}"] = pl.struct(columns).is_duplicated() & full
+        repeated = pl.struct(columns).is_duplicated()
+        wide.append(_check(f"unique:{','.join(columns)}", ~(repeated & full)))
+    for column, bounds in rules.ranges.items():
+        rule = f"range:{column}"
+        if bounds.min is not None:
+            checks[column].append(pandera.Check.ge(bounds.min, name=rule))
+        if bounds.max is not None:
+            checks[column].append(pandera.Check.le(bounds.max, name=rule))
+    for column, values in rules.allowed.items():
+        checks[column].append(pandera.Check.isin(values, name=f"allowed:{column}"))
     for column, target in rules.foreign_keys.items():
         other, key = target.split(".", 1)
         if other not in tables:
@@ -141,8 +126,38 @@ def _failures(table: Table, root: str | Path, tables: Mapping[str, Table]) -> di
                 f"foreign key {column!r} names table {other!r}; declared: {', '.join(tables)}"
             )
         keys = storage.scan(root, other).select(key).unique().collect()[key].drop_nulls()
-        failures[f"foreign_key:{column}"] = ~pl.col(column).is_in(keys.implode())
-    return failures
+        known = pl.col(column).is_in(keys.implode()) | pl.col(column).is_null()
+        wide.append(_check(f"foreign_key:{column}", known))
+    by_column = {name: pandera.Column(nullable=True, checks=own) for name, own in checks.items()}
+    return pandera.DataFrameSchema(by_column, checks=wide)
+
+
+def _check(rule: str, holds: pl.Expr) -> pandera.Check:
+    return pandera.Check(lambda data: data.lazyframe.select(holds), name=rule)
+
+
+def _failed(
+    name: str, frame: pl.DataFrame, schema: pandera.DataFrameSchema
+) -> dict[str, pl.Series]:
+    """By rule, in which rows it is broken."""
+    try:
+        schema.validate(frame, lazy=True)
+    except SchemaErrors as broken:
+        failed: dict[str, pl.Series] = {}
+        for error in broken.schema_errors:
+            rule = str(error.check.name)
+            if error.check_output is None:
+                raise ValidationError(
+                    f"table {name!r}: rule {rule!r} doesn't fit its column's type: "
+                    f"{str(error).splitlines()[0]}; "
+                    f"ranges, allowed and foreign_keys take values of the column's type. The "
+                    f"table is left as it was"
+                ) from error
+            rows = ~error.check_output.to_series().fill_null(True)
+            # Both sides of a range are one rule.
+            failed[rule] = rows | failed[rule] if rule in failed else rows
+        return failed
+    return {}
 
 
 def _check_share(

@@ -1,7 +1,8 @@
 """Point-in-time features: declared in `spec`, computed by a kernel made for the declaration."""
 
 from models.features.events import FeatureError
-from models.features.spec import Feature, FeatureSpec, LabelSpec, cutoff_times, describe
+from models.features.listing import Feature, describe
+from models.features.spec import FeatureSpec, LabelSpec, cutoff_times
 from models.features.tables import (
     compile_kernel,
     compute,

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from models.features.source import Shape, source
+from models.features.shape import Shape
+from models.features.source import source
 from models.features.spec import FeatureSpec
 
 _LOADED: dict[Path, ModuleType] = {}

@@ -18,9 +18,10 @@ import numpy as np
 from models.features.compiled import kernel
 from models.features.events import FeatureError, micros
 from models.features.kernel import edges
+from models.features.listing import describe
+from models.features.shape import KNOWN, shape
 from models.features.sorting import LARGEST
-from models.features.source import KNOWN, shape
-from models.features.spec import FeatureSpec, cutoff_times, describe
+from models.features.spec import FeatureSpec, cutoff_times
 
 _THREADS = 128
 
@@ -74,7 +75,9 @@ def compute(
     before, after = (xp.asarray(moments) for moments in edges(made, cuts))
     room = len(codes) + len(names)
     run: Any = kernel(spec, made, "cuda")
-    run[len(names) // _THREADS + 1, _THREADS](
+    # The simulator swaps a module's globals a thread, and its threads race for them.
+    threads = 1 if xp is np else _THREADS
+    run[len(names) // threads + 1, threads](
         rows, 0, bounds, xp.zeros(1, np.int64), device_cuts, before, after,
         *(sorted_columns[name] for name in ("t", "m", "previous", "slots", "flags")),
         xp.empty((room, max(made.doubles, 1)), np.float64),

@@ -10,7 +10,8 @@ import numpy as np
 import polars as pl
 
 from models.features.events import TIME, checked, filter_expressions, refuse_nulls, utc_us
-from models.features.spec import Feature, FeatureSpec
+from models.features.listing import Feature
+from models.features.spec import FeatureSpec
 from models.features.windows import DAY_US, starts
 
 

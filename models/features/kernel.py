@@ -12,8 +12,8 @@ from numba import njit
 
 from models.features.compiled import kernel
 from models.features.packing import Ready
+from models.features.shape import Shape, shape
 from models.features.sorting import Array, Sorted, run_all, threads
-from models.features.source import Shape, shape
 from models.features.spec import FeatureSpec
 from models.features.windows import DAY_US, starts
 

@@ -13,9 +13,10 @@ import numpy as np
 from models.features.compiled import kernel
 from models.features.events import FeatureError, micros
 from models.features.kernel import edges
+from models.features.listing import describe
+from models.features.shape import KNOWN, shape
 from models.features.sorting import LARGEST
-from models.features.source import KNOWN, shape
-from models.features.spec import FeatureSpec, describe
+from models.features.spec import FeatureSpec
 
 Event = Mapping[str, Any]
 

@@ -16,142 +16,14 @@ Knows nothing of tables, files or compilers.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-from models.features.arithmetic import HEADER
-from models.features.spec import Feature, FeatureSpec, LabelSpec, describe
+from models.features.listing import Feature
+from models.features.shape import Shape
+from models.features.spec import FeatureSpec
+from models.features.templates import ARGUMENTS, CPU, CUDA, HEADER
 from models.features.windows import fixed_us
 
 LN2 = math.log(2.0)
-
-# Aggregations the kernel has; a feature of any other is left to the Polars form.
-KNOWN = frozenset(
-    {
-        "count", "sum", "mean", "min", "max", "std", "distinct", "share", "trend",
-        "recency", "tenure", "gap_mean", "gap_std", "gap_max", "overdue",
-        "first", "last", "slope", "decay", "since_last", "rfm",
-    }
-)  # fmt: skip
-
-# The sums that an aggregation of a measure takes.
-_TERMS = {
-    "sum": ("x",),
-    "mean": ("x",),
-    "std": ("x", "xx"),
-    "share": ("x",),
-    "trend": ("x",),
-    "rfm": ("x",),
-    "slope": ("x", "t", "tt", "tx"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What a declaration's kernel reads and writes, in the order of its arrays' rows.
-
-    Attributes:
-        features: the ones it computes, in output order.
-        labels: the ones it computes, after the features.
-        windows: durations, in the order of the rows of `starts`.
-        horizons: labels' days, in the order of the rows of `ends`.
-        measures: names.
-        distinct: names.
-        categories: names.
-        filters: names.
-        sums: prefix sums, as (measure, term, filter); terms are x, xx, t, tt and tx, of the values
-            and the times from the entity's first event on.
-        stacks: (measure, "min" or "max").
-        slots: a category's first row in the running sums by slot, and their total number.
-    """
-
-    features: Sequence[Feature]
-    labels: Sequence[LabelSpec]
-    windows: Sequence[str]
-    horizons: Sequence[int]
-    measures: Sequence[str]
-    distinct: Sequence[str]
-    categories: Sequence[str]
-    filters: Sequence[str]
-    sums: Sequence[tuple[str, str, str | None]]
-    stacks: Sequence[tuple[str, str]]
-    slots: Sequence[int]
-    total_slots: int
-
-    @property
-    def columns(self) -> list[tuple[str, bool, int]]:
-        """Each output's name, whether it is an int, and its row among the ints or floats."""
-        out, rows = [], [0, 0]
-        named = [(f.name, f.dtype == "Int32") for f in self.features]
-        for name, whole in [*named, *((item.name, item.kind != "sum") for item in self.labels)]:
-            out.append((name, whole, rows[whole]))
-            rows[whole] += 1
-        return out
-
-    @property
-    def targets(self) -> list[str]:
-        """Where the source writes each output."""
-        return [f"{'ints_out' if i else 'floats_out'}[{r}, row]" for _, i, r in self.columns]
-
-    @property
-    def outputs(self) -> tuple[int, int]:
-        """How many floats and ints a row has."""
-        ints = sum(whole for _, whole, _ in self.columns)
-        return len(self.columns) - ints, ints
-
-    @property
-    def doubles(self) -> int:
-        """Scratch doubles an event."""
-        return 2 * len(self.sums)
-
-    @property
-    def ints(self) -> int:
-        """Scratch ints an event: counts of each measure, then of each filter."""
-        return len(self.measures) + len(self.filters)
-
-
-def shape(spec: FeatureSpec, *, labels: bool) -> Shape:
-    """Lists what the kernel of a declaration needs.
-
-    Args:
-        spec: the declaration.
-        labels: whether the labels are written too.
-    """
-    features = [f for f in describe(spec) if f.aggregation in KNOWN and f.table is None]
-    windows = {
-        w: None for f in features for w in (f.window, f.long) if w and f.aggregation != "decay"
-    }
-    sums: dict[tuple[str, str, str | None], None] = {}
-    stacks: dict[tuple[str, str], None] = {}
-    first = next(iter(spec.measures), None)
-    for f in features:
-        measure = first if f.aggregation == "share" else f.subject
-        terms = _TERMS.get(f.aggregation, ()) if measure else ()
-        sums |= {(str(measure), term, f.filter): None for term in terms}
-        if f.aggregation in ("min", "max"):
-            stacks[(str(measure), f.aggregation)] = None
-    wanted = spec.labels if labels else []
-    for label in wanted:
-        if label.measure is not None:
-            sums[(label.measure, "x", None)] = None
-    slots, total = [], 0
-    for category in spec.categories.values():
-        slots.append(total)
-        total += len(category.values) + 1
-    return Shape(
-        features=features,
-        labels=wanted,
-        windows=list(windows),
-        horizons=sorted({label.horizon_days for label in wanted}),
-        measures=list(spec.measures),
-        distinct=list(spec.distinct),
-        categories=list(spec.categories),
-        filters=[f.name for f in spec.filters],
-        sums=list(sums),
-        stacks=list(stacks),
-        slots=slots,
-        total_slots=total,
-    )
 
 
 def source(spec: FeatureSpec, made: Shape, device: str) -> str:
@@ -167,7 +39,7 @@ def source(spec: FeatureSpec, made: Shape, device: str) -> str:
         "cuda": "from numba import cuda\n\ndevice = cuda.jit(device=True)\n",
     }[device]
     head, rest = HEADER.split("NAN = ", 1)
-    driver = {"cpu": _CPU, "cuda": _CUDA}[device].format(
+    driver = {"cpu": CPU, "cuda": CUDA}[device].format(
         doubles=max(made.doubles, 1),
         ints=max(made.ints, 1),
         stacks=max(len(made.stacks), 1),
@@ -175,71 +47,6 @@ def source(spec: FeatureSpec, made: Shape, device: str) -> str:
         slots=max(made.total_slots, 1),
     )
     return head + imports + "\nNAN = " + rest + "\n" + _Writer(spec, made).scan() + driver
-
-
-_ARGUMENTS = "cuts, starts, ends, t, m, previous, slot, flags"
-
-_CPU = f'''
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def run(first, last, row, own, bounds, cut_at, longest, {_ARGUMENTS}, who, floats_out, ints_out):
-    """Writes the rows of the entities first:last, from `row` on.
-
-    own: 0 if all have the same cutoffs, 1 if entity e's are cuts[cut_at[e]:cut_at[e + 1]].
-    """
-    fs = np.empty((longest + 1, {{doubles}}), np.float64)
-    ints = np.empty((longest + 1, {{ints}}), np.int32)
-    stack = np.empty((longest + 1, {{stacks}}), np.int32)
-    bits = np.empty(({{distinct}}, longest // 64 + 1), np.uint64)
-    acc = np.empty(({{slots}}, 2), np.float64)
-    for e in range(first, last):
-        s0 = bounds[e]
-        s1 = bounds[e + 1]
-        if own:
-            c0 = cut_at[e]
-            c1 = cut_at[e + 1]
-        else:
-            c0 = 0
-            c1 = cuts.size
-            if s0 == s1:
-                c0 = c1
-            while c0 < c1 and cuts[c0] <= t[s0]:
-                c0 += 1
-        if c0 == c1:
-            continue
-        for c in range(c1 - c0):
-            who[row + c] = e
-        scan(
-            s0, s1, c0, c1, row, 0, 0, {_ARGUMENTS},
-            fs, ints, stack, bits, acc, floats_out, ints_out,
-        )
-        row += c1 - c0
-    return row
-'''
-
-_CUDA = f'''
-
-@cuda.jit
-def run(rows, own, bounds, cut_at, {_ARGUMENTS}, fs, ints, stack, bits, floats_out, ints_out):
-    """A thread an entity; entity e's rows start at rows[e]."""
-    e = cuda.grid(1)
-    if e >= bounds.size - 1:
-        return
-    acc = cuda.local.array(({{slots}}, 2), np.float64)
-    s0 = bounds[e]
-    s1 = bounds[e + 1]
-    if own:
-        c0 = cut_at[e]
-        c1 = cut_at[e + 1]
-    else:
-        c1 = cuts.size
-        c0 = c1 - (rows[e + 1] - rows[e])
-    if c0 < c1:
-        scan(
-            s0, s1, c0, c1, rows[e], s0 + e, (s0 >> 6) + e, {_ARGUMENTS},
-            fs, ints, stack, bits, acc, floats_out, ints_out,
-        )
-'''
 
 
 class _Writer:
@@ -259,7 +66,7 @@ class _Writer:
         self.lines = [
             "@device",
             "def scan(",
-            f"    s0, s1, c0, c1, row, z, zw, {_ARGUMENTS},",
+            f"    s0, s1, c0, c1, row, z, zw, {ARGUMENTS},",
             "    fs, ints, stack, bits, acc, floats_out, ints_out,",
             "):",
         ]

@@ -14,14 +14,13 @@ import polars as pl
 
 from models.features import engine as polars_form
 from models.features.events import TIME, FeatureError, keys, micros, utc_us
-from models.features.source import KNOWN
+from models.features.listing import Feature, describe
+from models.features.shape import KNOWN
 from models.features.spec import (
     Attributes,
-    Feature,
     FeatureSpec,
     LabelSpec,
     cutoff_times,
-    describe,
 )
 
 if TYPE_CHECKING:

@@ -64,7 +64,7 @@ def test_the_run_finishes_and_says_all_that_the_summary_promises(ran: tuple[Path
     for name in ("lapse", "answers"):
         target = content["targets"][name]
         assert (target["variants"], target["failed"]) == (8, 0)
-        assert target["family"] in ("boosting", "forest", "network")
+        assert target["family"] in ("boosting", "forest", "network", "ensemble")
         assert 0.5 < target["test_auc"] <= 1
         assert 0 < target["test_average_precision"] <= 1
         assert target["top_decile_lift"] > 0

@@ -13,7 +13,6 @@ import polars as pl
 import pytest
 
 from cluster import storage
-from cluster.device import choose
 from jobs.config import Table
 from jobs.ingest import SourceError, ingest
 from jobs.validate import validate
@@ -88,7 +87,7 @@ def test_s3_is_read_and_written(bucket: str, tmp_path: Path) -> None:
     first = ingest("sales", declared, root, base=tmp_path)
     assert (first.version, first.rows, first.new) == (0, 3, True)
     assert not ingest("sales", declared, root, base=tmp_path).new
-    done = validate("sales", declared, root, tables={"sales": declared}, device=choose("cpu"))
+    done = validate("sales", declared, root, tables={"sales": declared})
     assert (done.version, done.rows, done.quarantined) == (1, 2, 1)
     assert storage.scan(root, "sales").select("amount").collect()["amount"].sum() == 6.5
     assert storage.scan(root, "quarantine/sales").collect().height == 1

@@ -1,6 +1,5 @@
 """The registry on a real SQLite database and behind a real MLflow server."""
 
-import dataclasses
 import os
 import signal
 import socket
@@ -420,7 +419,7 @@ def test_a_learning_curve_and_the_cost_are_shown_by_mlflow(
 
     curve = [[10, 0.6], [20, 0.7], [40, 0.68]]
     with registry.sweep(name, run_name="r1", params={}, tags={}) as log:
-        log.add([dataclasses.replace(trial(40), curve=curve, cpu_s=1.25)])
+        log.add([replace(trial(40), curve=curve, cpu_s=1.25)])
     _, (run,) = children(uri, name, "r1")
     points = MlflowClient(uri).get_metric_history(run.info.run_id, "curve_valid_auc")
     assert [[point.step, point.value] for point in points] == curve

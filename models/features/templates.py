@@ -1,4 +1,4 @@
-"""The text that every kernel begins with: sums as pairs of doubles, moments, bits."""
+"""The text that kernels share: arithmetic before the scan, and what runs it on each device."""
 
 HEADER = '''"""Written by models.features.source, for one declaration."""
 import math
@@ -98,4 +98,68 @@ def bits_between(bits, row, z, s, e):
         n += bits_set(bits[row, z + k])
     return n
 
+'''
+
+ARGUMENTS = "cuts, starts, ends, t, m, previous, slot, flags"
+
+CPU = f'''
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def run(first, last, row, own, bounds, cut_at, longest, {ARGUMENTS}, who, floats_out, ints_out):
+    """Writes the rows of the entities first:last, from `row` on.
+
+    own: 0 if all have the same cutoffs, 1 if entity e's are cuts[cut_at[e]:cut_at[e + 1]].
+    """
+    fs = np.empty((longest + 1, {{doubles}}), np.float64)
+    ints = np.empty((longest + 1, {{ints}}), np.int32)
+    stack = np.empty((longest + 1, {{stacks}}), np.int32)
+    bits = np.empty(({{distinct}}, longest // 64 + 1), np.uint64)
+    acc = np.empty(({{slots}}, 2), np.float64)
+    for e in range(first, last):
+        s0 = bounds[e]
+        s1 = bounds[e + 1]
+        if own:
+            c0 = cut_at[e]
+            c1 = cut_at[e + 1]
+        else:
+            c0 = 0
+            c1 = cuts.size
+            if s0 == s1:
+                c0 = c1
+            while c0 < c1 and cuts[c0] <= t[s0]:
+                c0 += 1
+        if c0 == c1:
+            continue
+        for c in range(c1 - c0):
+            who[row + c] = e
+        scan(
+            s0, s1, c0, c1, row, 0, 0, {ARGUMENTS},
+            fs, ints, stack, bits, acc, floats_out, ints_out,
+        )
+        row += c1 - c0
+    return row
+'''
+
+CUDA = f'''
+
+@cuda.jit
+def run(rows, own, bounds, cut_at, {ARGUMENTS}, fs, ints, stack, bits, floats_out, ints_out):
+    """A thread an entity; entity e's rows start at rows[e]."""
+    e = cuda.grid(1)
+    if e >= bounds.size - 1:
+        return
+    acc = cuda.local.array(({{slots}}, 2), np.float64)
+    s0 = bounds[e]
+    s1 = bounds[e + 1]
+    if own:
+        c0 = cut_at[e]
+        c1 = cut_at[e + 1]
+    else:
+        c1 = cuts.size
+        c0 = c1 - (rows[e + 1] - rows[e])
+    if c0 < c1:
+        scan(
+            s0, s1, c0, c1, rows[e], s0 + e, (s0 >> 6) + e, {ARGUMENTS},
+            fs, ints, stack, bits, acc, floats_out, ints_out,
+        )
 '''
