@@ -53,7 +53,7 @@ def _told() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        errors.print("interrupted; `liftyard run … --resume RUN` goes on with a run")
+        errors.print("interrupted")
         raise typer.Exit(130) from None
     except (ValueError, OSError, DeviceError, SweepError) as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False)
@@ -103,15 +103,23 @@ def run(
             )
         )
         console.print(f"run {started.run_id} on {chosen.kind}: {chosen.reason}", soft_wrap=True)
-        done = execute(
-            declared,
-            started,
-            environment=where,
-            base=pipeline.parent,
-            console=console,
-            device=chosen,
-            dask_workers=dask_workers,
-        )
+        try:
+            done = execute(
+                declared,
+                started,
+                environment=where,
+                base=pipeline.parent,
+                console=console,
+                device=chosen,
+                dask_workers=dask_workers,
+            )
+        except BaseException:
+            errors.print(
+                f"the run stopped; `--resume {started.run_id}` goes on where it did",
+                highlight=False,
+                soft_wrap=True,
+            )
+            raise
     show.run(done, console)
 
 

@@ -83,6 +83,7 @@ def test_unwritable_root_is_told_and_the_run_is_failed(shop: Path) -> None:
     assert result.exit_code == 1
     assert "error: " in result.stderr
     assert summary(shop)["status"] == "failed"
+    assert f"`--resume {summary(shop)['run_id']}` goes on" in result.stderr
 
 
 def test_resume_of_an_unknown_run_is_told(shop: Path) -> None:
