@@ -1,8 +1,9 @@
 """A Dask cluster leased from Ray: its scheduler and workers are Ray actors.
 
 Ray owns the nodes, so both engines share the same CPUs and GPUs. A worker that dies is replaced
-and Dask redoes its work; a scheduler that dies ends the lease. Dask's own ports carry no
-authentication: the hosts' network must be private (an embedded one binds to the loopback).
+and Dask redoes its work; a scheduler that dies ends the lease. Dask's ports take
+who shows a certificate of the environment's authority where Ray speaks TLS (`RAY_USE_TLS`), and
+else anyone: the hosts' network must then be private (an embedded one binds to the loopback).
 """
 
 import threading
@@ -41,12 +42,15 @@ class Lease:
     """A running Dask cluster; made by `lease`.
 
     Attributes:
-        address: The Dask scheduler's address, `tcp://host:port`.
+        address: The Dask scheduler's address, `tcp://host:port` or `tls://host:port`.
         client: A `distributed.Client` of it (not Dask's default client).
     """
 
-    def __init__(self, size: _Size, workers: int, placement_timeout_s: float) -> None:
+    def __init__(
+        self, size: _Size, workers: int, placement_timeout_s: float, port: int | None
+    ) -> None:
         self._size = size
+        self._port = port
         self._timeout_s = placement_timeout_s
         self._lock = threading.RLock()
         self._closing = threading.Event()
@@ -67,12 +71,16 @@ class Lease:
         # The scheduler shares the first worker's bundle: it mostly waits, and a CPU of its own
         # would be one that computes nothing.
         scheduler = _actor_classes()[0]
-        self._scheduler = scheduler.options(
-            num_cpus=0, scheduling_strategy=_strategy(self._group, 0)
-        ).remote()
-        self.address = ray.get(self._scheduler.start.remote())
+        where: dict[str, Any] = (
+            {"scheduling_strategy": _strategy(self._group, 0)}
+            if self._port is None
+            # A node's own resource, of which a little pins to it and takes nothing.
+            else {"resources": {"node:__internal_head__": 0.001}}
+        )
+        self._scheduler = scheduler.options(num_cpus=0, **where).remote()
+        self.address = ray.get(self._scheduler.start.remote(self._port or 0))
         client: Any = Client
-        self.client = client(self.address, set_as_default=False)
+        self.client = client(self.address, set_as_default=False, security=security())
         self._watcher = threading.Thread(target=self._watch, name="dask-lease", daemon=True)
         self._watcher.start()
         self.scale(len(self._free))
@@ -277,6 +285,7 @@ def lease(
     gpus: float = 0,
     memory_bytes: int = 0,
     placement_timeout_s: float = 30,
+    port: int | None = None,
 ) -> Iterator[Lease]:
     """Leases a Dask cluster from the Ray cluster of this process, and gives it back on exit.
 
@@ -286,6 +295,8 @@ def lease(
         gpus: GPUs of a worker.
         memory_bytes: Memory reserved for a worker, and where Dask spills; 0 sets no limit.
         placement_timeout_s: How long to wait for resources that others hold.
+        port: The scheduler's, on the cluster's head, so that its address lasts; None takes a free
+            one, beside the first worker.
 
     Yields:
         The lease.
@@ -303,7 +314,7 @@ def lease(
             "is at least 1, cpus above 0, gpus and memory_bytes at least 0"
         )
     size = _Size(cpus=cpus, gpus=gpus, memory_bytes=memory_bytes)
-    held = Lease(size, workers, placement_timeout_s)
+    held = Lease(size, workers, placement_timeout_s, port)
     try:
         held._open()
         yield held
@@ -324,7 +335,7 @@ def attach(address: str) -> Iterator[Standing]:
     """Connects to a Dask cluster, and on exit ends the connection only.
 
     Args:
-        address: The scheduler's, `tcp://host:port`.
+        address: The scheduler's, `tcp://host:port` or `tls://host:port`.
 
     Raises:
         LeaseError: It has no workers.
@@ -333,11 +344,48 @@ def attach(address: str) -> Iterator[Standing]:
     from distributed import Client
 
     connect: Any = Client
-    with connect(address, timeout=10, set_as_default=False) as client:
+    with connect(address, timeout=10, set_as_default=False, security=security()) as client:
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
         if not workers:
             raise LeaseError(f"the Dask cluster at {address} has no workers; add some, or wait")
         yield Standing(client=client, workers=workers)
+
+
+def security() -> Any:
+    """What connects this process to Dask as the environment does: Ray's own certificates.
+
+    Returns:
+        A `distributed.Security` of the files that `RAY_TLS_CA_CERT`, `RAY_TLS_SERVER_CERT` and
+        `RAY_TLS_SERVER_KEY` name; None where `RAY_USE_TLS` isn't on.
+    """
+    from distributed import Security
+
+    files = _tls_reader()()
+    make: Any = Security
+    return make(**files) if files else None
+
+
+def _tls_reader() -> Callable[[], dict[str, Any]]:
+    """What reads `distributed.Security`'s settings off a process's variables; {} without TLS.
+
+    A function of its own at each call, so that it too is pickled by value.
+    """
+
+    def read() -> dict[str, Any]:
+        import os
+
+        if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+            return {}
+        key, cert = os.environ["RAY_TLS_SERVER_KEY"], os.environ["RAY_TLS_SERVER_CERT"]
+        settings: dict[str, Any] = {
+            "require_encryption": True,
+            "tls_ca_file": os.environ["RAY_TLS_CA_CERT"],
+        }
+        for role in ("client", "scheduler", "worker"):
+            settings |= {f"tls_{role}_key": key, f"tls_{role}_cert": cert}
+        return settings
+
+    return read
 
 
 def map_partitions(
@@ -439,14 +487,23 @@ def _actor_classes() -> tuple[Any, Any]:
     """
     import ray
 
+    tls = _tls_reader()
+
     @ray.remote
     class DaskScheduler:
-        async def start(self) -> str:
+        async def start(self, port: int) -> str:
             import ray
-            from distributed import Scheduler
+            from distributed import Scheduler, Security
 
             host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-            self.scheduler = await Scheduler(host=host, port=0, dashboard=False)
+            files = tls()
+            self.scheduler = await Scheduler(
+                host=host,
+                port=port,
+                protocol="tls" if files else "tcp",
+                security=Security(**files),  # type: ignore[no-untyped-call]
+                dashboard=False,
+            )
             return str(self.scheduler.address)
 
     @ray.remote
@@ -456,14 +513,18 @@ def _actor_classes() -> tuple[Any, Any]:
 
             self.scheduler = scheduler
             self.memory_bytes = memory_bytes
+            # Asked here: each node has files of its own.
+            self.tls = tls()
             self.up = asyncio.Event()
 
         async def run(self) -> None:
             import ray
-            from distributed import Worker
+            from distributed import Security, Worker
 
             self.worker = await Worker(
                 self.scheduler,
+                protocol="tls" if self.tls else "tcp",
+                security=Security(**self.tls),  # type: ignore[no-untyped-call]
                 host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
                 nthreads=1,
                 memory_limit=self.memory_bytes,

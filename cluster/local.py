@@ -193,7 +193,12 @@ def _count_dask_workers(environment: Environment) -> int | None:
 
     client: Any = Client
     try:
-        with client(environment.dask_address, timeout=5, set_as_default=False) as connected:
+        with client(
+            environment.dask_address,
+            timeout=5,
+            set_as_default=False,
+            security=dask_lease.security(),
+        ) as connected:
             return len(connected.scheduler_info(n_workers=-1)["workers"])
     except OSError as error:
         raise ConnectionError(
@@ -361,12 +366,17 @@ def _lease_address(lease: State) -> str:
     return found[1]
 
 
-def _hold(address: str, workers: int) -> None:
+def _hold(address: str, workers: int, most: int, port: int | None) -> None:
     """Holds a Dask lease until this process is told to end, or the scheduler is gone."""
     ended = threading.Event()
-    with session.connect(address=address), dask_lease.lease(workers=workers) as lease:
+    with (
+        session.connect(address=address),
+        dask_lease.lease(workers=workers, port=port) as lease,
+    ):
         # Not before: Ray sets a handler of its own, which ends the process at once.
         signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
+        if most > workers:
+            lease.adapt(minimum=workers, maximum=most)
         print(f"leased {lease.address} with {workers} workers", flush=True)
         while not ended.wait(1):
             if lease.client.status != "running":
@@ -377,5 +387,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Hold a Dask lease of a Ray cluster.")
     parser.add_argument("--address", required=True, help="the Ray head, host:port")
     parser.add_argument("--workers", required=True, type=int, help="one-CPU Dask workers")
+    parser.add_argument(
+        "--most", type=int, default=0, help="what it may grow to while there is work"
+    )
+    parser.add_argument("--port", type=int, help="of the scheduler, then on the cluster's head")
     given = parser.parse_args()
-    _hold(given.address, given.workers)
+    _hold(given.address, given.workers, given.most, given.port)

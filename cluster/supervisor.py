@@ -218,13 +218,18 @@ def stop(state: State, *, grace_s: float = 10) -> None:
 
 def processes(state: State) -> list[psutil.Process]:
     """The service's processes: those whose environment has its marker, but not this one."""
+    return marked(state.marker)
+
+
+def marked(marker: str) -> list[psutil.Process]:
+    """The processes whose environment has a marker, but not this one."""
     found = []
     for process in psutil.process_iter():
         # What ends meanwhile, and what belongs to other users, isn't the service's.
         with suppress(psutil.Error, OSError):
             if (
                 process.pid != os.getpid()
-                and process.environ().get(MARKER) == state.marker
+                and process.environ().get(MARKER) == marker
                 and process.status() != psutil.STATUS_ZOMBIE
             ):
                 found.append(process)

@@ -105,7 +105,7 @@ class _Work:
         self.device = device
         self.tables = environment.storage_root
         self._stack = stack
-        self._warm = stack.enter_context(ExitStack())
+        self._warm = ExitStack()
         self._session: session.Session | None = None
 
     def connect(self) -> session.Session:
@@ -135,7 +135,10 @@ class _Work:
     @cached_property
     def warm(self) -> sweep.Pool:
         """Actors that train, one a CPU; the sweep starts them and `register` ends them."""
-        return self._warm.enter_context(sweep.pool(max(1, int(self.connect().cpus))))
+        workers = max(1, int(self.connect().cpus))
+        # Ended before the session that it runs on.
+        self._stack.callback(self._warm.close)
+        return self._warm.enter_context(sweep.pool(workers))
 
     @cached_property
     def registry(self) -> Registry:

@@ -171,29 +171,29 @@ class _Growing:
             self.matrices.valid, output_margin=True, iteration_range=(self._seen, self._done)
         )
         # The base score is in each slice; a constant doesn't move the AUC.
-        self._margin_m = self._margin_m + margin_m
-        self._seen = self._done
+        margin_m = self._margin_m + margin_m
+        if not self._patience or self._done % STEP == 0:
+            # With patience only at steps, so that no other look changes a step's last bits.
+            self._margin_m, self._seen = margin_m, self._done
         try:
-            self._curve.append((self._done, auc(self._y_valid, self._margin_m)))
+            self._curve.append((self._done, auc(self._y_valid, margin_m)))
         except MetricError:
             return  # Validation rows of one class: the caller tells of it.
         if self._patience and self._done % STEP == 0:
-            best, _ = _best(self._curve, every=STEP)
-            self.stopped = self._done - best >= self._patience
+            self.stopped = self._done - _best(self._curve) >= self._patience
 
     def chosen(self, asked: int) -> tuple[int, tuple[tuple[int, float], ...]]:
         """Rounds that predict for a variant of so many, and its curve."""
         curve = tuple(point for point in self._curve if point[0] <= asked)
         rounds = min(asked, self._done)
-        if not self._patience or not curve:
-            return rounds, curve
-        own = [point for point in curve if point[0] % STEP == 0 or point[0] == asked]
-        return (_best(own)[0] if own else rounds), curve
+        if self._patience and rounds >= STEP and curve:
+            rounds = _best(curve)
+        return rounds, curve
 
 
-def _best(curve: Sequence[tuple[int, float]], every: int = 1) -> tuple[int, float]:
-    """The first of the highest points."""
-    return max((p for p in curve if p[0] % every == 0), key=lambda p: (p[1], -p[0]))
+def _best(curve: Sequence[tuple[int, float]]) -> int:
+    """Rounds of the highest step, the first of equals."""
+    return max((p for p in curve if p[0] % STEP == 0), key=lambda p: (p[1], -p[0]))[0]
 
 
 def _binned(data: TrainingData, max_bin: int, device: str) -> _Matrices:

@@ -6,8 +6,10 @@ served alone gets the numbers it had in training.
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,7 @@ class Encoder:
 
     columns: tuple[Column, ...]
 
-    @property
+    @cached_property
     def feature_names(self) -> tuple[str, ...]:
         """Names of the matrix's columns, in order."""
         return tuple(column.name for column in self.columns)
@@ -92,6 +94,7 @@ class Encoder:
         """
         _require_columns(frame, self.feature_names)
         x_np = np.empty((frame.height, len(self.columns)), dtype=np.float32)
+        texts = []
         for position, column in enumerate(self.columns):
             series = frame[column.name]
             # A batch whose values are all missing arrives with polars' Null type.
@@ -104,14 +107,60 @@ class Encoder:
                     f"in training; cast it to a {column.kind}, or fit the encoder again"
                 )
             if column.kind == "string":
-                series = series.cast(pl.String).replace_strict(
-                    list(column.values),
-                    list(range(len(column.values))),
-                    default=None,
-                    return_dtype=pl.Float32,
-                )
-            x_np[:, position] = series.cast(pl.Float32).fill_null(float("nan")).to_numpy()
+                texts.append((position, column))
+            else:
+                # to_numpy makes NaN of null.
+                x_np[:, position] = series.cast(pl.Float32).to_numpy()
+        if texts:
+            # Together, since a plan costs more than a column of few rows.
+            codes = frame.select(_codes(column) for _, column in texts)
+            for position, column in texts:
+                x_np[:, position] = codes[column.name].to_numpy()
         return x_np
+
+    def transform_rows(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Encodes rows given as mappings, to the bit as `transform` does their frame.
+
+        For a few rows, for which a frame would cost more than the model.
+
+        Args:
+            rows: Each has every column: int or float, bool or str by its kind, or None.
+
+        Returns:
+            (n, p) float32, C-contiguous.
+
+        Raises:
+            EncodingError: A column is absent.
+            ValueError, TypeError, OverflowError: A value is of another kind, or too large for
+                float64.
+        """
+        taken, texts = self._taker
+        try:
+            values = [list(taken(row)) for row in rows]
+        except KeyError as error:
+            raise EncodingError(
+                f"a row has no {error.args[0]!r}; give every column: {self.feature_names}"
+            ) from error
+        for position, codes in texts:
+            for row in values:
+                row[position] = codes.get(row[position])
+        # Through float64, as a frame of Float64 columns; None becomes NaN.
+        x_np = np.array(values, dtype=np.float64).reshape(len(rows), len(self.columns))
+        with np.errstate(over="ignore"):
+            return x_np.astype(np.float32)
+
+    @cached_property
+    def _taker(
+        self,
+    ) -> tuple[Callable[[Mapping[str, Any]], tuple[Any, ...]], list[tuple[int, dict[Any, int]]]]:
+        """What takes a row's values in order, and by position the codes of each string column."""
+        texts = [
+            (position, {value: code for code, value in enumerate(column.values)})
+            for position, column in enumerate(self.columns)
+            if column.kind == "string"
+        ]
+        names = self.feature_names
+        return (itemgetter(*names) if len(names) > 1 else partial(_only, names[0])), texts
 
     def to_json(self) -> str:
         """The encoder as JSON text, the same text for equal encoders."""
@@ -155,6 +204,19 @@ def _kind(dtype: pl.DataType) -> str | None:
     if dtype in (pl.String, pl.Categorical, pl.Enum):
         return "string"
     return None
+
+
+def _only(name: str, row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (row[name],)
+
+
+def _codes(column: Column) -> pl.Expr:
+    codes = list(range(len(column.values)))
+    return (
+        pl.col(column.name)
+        .cast(pl.String)
+        .replace_strict(list(column.values), codes, default=None, return_dtype=pl.Float32)
+    )
 
 
 def _require_columns(frame: pl.DataFrame, names: Sequence[str]) -> None:

@@ -109,7 +109,7 @@ def fit_pack(
         require_above_zero("forest", each, ("positive_weight",))
     if not settings:
         return []
-    bins, x_train, x_valid = _binned(data)
+    bins, x_train, x_valid = binned(data)
 
     fitted: dict[int, Fitted] = {}
     for places in alike(settings, FREE["forest"]):
@@ -163,7 +163,8 @@ def _scores(forests: dict[int, Any], x: np.ndarray) -> dict[int, np.ndarray]:
     return scores
 
 
-def _binned(data: TrainingData) -> tuple[Bins, np.ndarray, np.ndarray]:
+def binned(data: TrainingData) -> tuple[Bins, np.ndarray, np.ndarray]:
+    """The bins of the training rows, and the codes of training and validation rows."""
     if data not in _BINNED:
         present = [column[~np.isnan(column)] for column in data.x_train.T]
         medians = [np.median(c) if c.size else 0.0 for c in present]

@@ -54,6 +54,8 @@ _TAG_CHARACTERS = 90_000
 _ERROR_CHARACTERS = 5_000
 # Runs a transaction: others can't write to a SQLite database meanwhile.
 _BATCH = 200
+# A transaction costs about as much for one run as for twenty.
+_GATHER_S = 1.0
 
 
 class RegistryError(ValueError):
@@ -624,8 +626,12 @@ class SweepLog:
         trials = self._waiting.get()
         while trials is not None:
             batch, ended = list(trials), False
-            while len(batch) < _BATCH and not self._waiting.empty():
-                more = self._waiting.get()
+            until = time.monotonic() + _GATHER_S
+            while len(batch) < _BATCH:
+                try:
+                    more = self._waiting.get(timeout=max(0.0, until - time.monotonic()))
+                except queue.Empty:
+                    break
                 if more is None:
                     ended = True
                     break

@@ -1,17 +1,17 @@
-"""JSON rows against what a model takes: columns ready to score, or every problem by row and field.
+"""JSON rows against what a model takes: a matrix to score, or every problem by row and field.
 
-Knows nothing of HTTP: `parse` takes a body's bytes, `columns` takes rows.
+Knows nothing of HTTP: `parse` takes a body's bytes, `RowReader` takes rows.
 """
 
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
-import polars as pl
 
 from models.encoding import Column, Encoder
 
@@ -21,14 +21,11 @@ PROBLEMS_SHOWN = 100
 # What the encoder's float32 holds; beyond it a number would become an infinity in silence.
 LARGEST = float(np.finfo(np.float32).max)
 
-DTYPES: dict[str, Any] = {"number": pl.Float64, "boolean": pl.Boolean, "string": pl.String}
 TYPES: dict[str, frozenset[type]] = {
     "number": frozenset((int, float, type(None))),
     "boolean": frozenset((bool, type(None))),
     "string": frozenset((str, type(None))),
 }
-
-Columns = dict[str, list[Any]]
 
 # The body as the OpenAPI page shows it.
 REQUEST_BODY: dict[str, Any] = {
@@ -119,37 +116,76 @@ def parse(body: bytes, *, max_rows: int) -> list[Any]:
     return rows
 
 
-def columns(rows: Sequence[Any], encoder: Encoder) -> Columns:
-    """The rows' values by field, in the encoder's order; null means missing.
+class RowReader:
+    """Makes a model's matrix of JSON rows; one a model, so that a request finds all prepared."""
 
-    Raises:
-        RequestError: A field is unknown, missing, of the wrong type or not finite.
-    """
-    names = frozenset(encoder.feature_names)
-    # By columns, since most requests are good: rows are looked at one by one only to say why not.
-    if all(isinstance(row, dict) and row.keys() == names for row in rows):
-        values = {name: [row[name] for row in rows] for name in encoder.feature_names}
-        if all(_fits(column, values[column.name]) for column in encoder.columns):
-            return values
-    problems = []
-    count = 0
-    for problem in _problems(rows, encoder):
-        count += 1
-        if count <= PROBLEMS_SHOWN:
-            problems.append(problem)
-    assert problems, "the check by columns refused what the check by rows finds good"
-    raise RequestError(problems, count=count)
-
-
-def frame(values: Columns, encoder: Encoder) -> pl.DataFrame:
-    """A frame of the encoder's columns from checked values: Float64, Boolean or String."""
-    return pl.DataFrame(
-        [
-            # Not strict, because JSON mixes 1 and 1.5; the types were checked before.
-            pl.Series(column.name, values[column.name], DTYPES[column.kind], strict=False)
-            for column in encoder.columns
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._names = frozenset(encoder.feature_names)
+        kinds = [column.kind for column in encoder.columns]
+        self._numbers = np.array([kind == "number" for kind in kinds])
+        self._kinds = [
+            (TYPES[kind], _taker([each.name for each in encoder.columns if each.kind == kind]))
+            for kind in sorted(set(kinds))
         ]
-    )
+
+    def matrix(self, rows: Sequence[Any]) -> np.ndarray:
+        """The rows as the model takes them, (n, p) float32; null means missing.
+
+        Raises:
+            RequestError: A field is unknown, missing, of the wrong type or not finite.
+        """
+        # As a whole, since most requests are good: one by one only to say why not.
+        x_np = self._whole(rows)
+        if x_np is not None:
+            return x_np
+        problems = []
+        count = 0
+        for problem in _problems(rows, self._encoder):
+            count += 1
+            if count <= PROBLEMS_SHOWN:
+                problems.append(problem)
+        assert problems, "the check of the whole refused what the check by rows finds good"
+        raise RequestError(problems, count=count)
+
+    def _whole(self, rows: Sequence[Any]) -> np.ndarray | None:
+        """The matrix, or None where something isn't as it should be."""
+        nulls = 0
+        for row in rows:
+            if type(row) is not dict or row.keys() != self._names:
+                return None
+            for allowed, taken in self._kinds:
+                values = taken(row)
+                if not allowed.issuperset(map(type, values)):
+                    return None
+                if allowed is TYPES["number"]:
+                    nulls += values.count(None)
+        try:
+            x_np = self._encoder.transform_rows(rows)
+        except OverflowError:
+            return None
+        # A number that isn't finite, besides the nulls, was given so or is past float32.
+        finite = np.isfinite(x_np[:, self._numbers])
+        return x_np if finite.size - np.count_nonzero(finite) == nulls else None
+
+
+def _taker(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """What takes these fields out of a row, always as a tuple."""
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda row: (row[names[0]],)
+
+
+def smoke_rows(encoder: Encoder) -> list[dict[str, Any]]:
+    """A row of nulls and a row of plain values, such as any model must score."""
+    plain = {"number": 0.0, "boolean": False}
+    return [
+        {column.name: None for column in encoder.columns},
+        {
+            column.name: plain.get(column.kind, (*column.values, "")[0])
+            for column in encoder.columns
+        },
+    ]
 
 
 def _fits(column: Column, values: list[Any]) -> bool:

@@ -104,7 +104,7 @@ class Codes:
     def encode(self, values: pl.Series, *, missing: int) -> Array:
         """int64 codes from 0 of values; `missing` for one that is not among them."""
         if self._values is None:
-            codes = values.cast(pl.Int64).to_numpy() - self.first
+            codes = values.cast(pl.Int64).fill_null(self.first - 1).to_numpy() - self.first
             return np.where((codes < 0) | (codes >= self.count), missing, codes)
         known = pl.DataFrame({"v": self._values, "c": np.arange(self.count)})
         asked = pl.DataFrame({"v": values.cast(self._values.dtype)})

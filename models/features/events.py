@@ -40,6 +40,8 @@ def keys(rows: pl.DataFrame, spec: FeatureSpec) -> pl.DataFrame:
     missing = [c for c in (spec.entity, "cutoff") if c not in rows.columns]
     if missing:
         raise FeatureError(f"rows lack columns {missing}; they have {rows.columns}")
+    if nulls := rows["cutoff"].null_count():
+        raise FeatureError(f"{nulls} rows have a null 'cutoff'; fill or drop them first")
     return rows.select(spec.entity, _c=utc_us(rows.schema["cutoff"], "cutoff"))
 
 

@@ -10,10 +10,20 @@ import numpy as np
 import polars as pl
 from numba import njit
 
+from models.features.codes import frozen
 from models.features.compiled import kernel
 from models.features.packing import Ready
 from models.features.shape import Shape, shape
-from models.features.sorting import Array, Sorted, run_all, threads
+from models.features.sorting import (
+    Array,
+    Batch,
+    Layout,
+    Sorted,
+    Values,
+    run_all,
+    sort_batches,
+    threads,
+)
 from models.features.spec import FeatureSpec
 from models.features.windows import DAY_US, starts
 
@@ -34,17 +44,36 @@ class Rows:
 
 
 def warm(spec: FeatureSpec, *, labels: bool = False) -> None:
-    """Compiles a declaration's kernel, or loads it from disk."""
-    nothing = Sorted(
-        bounds=np.zeros(1, np.int64),
-        times=np.zeros(0, np.int64),
-        measures=np.zeros((len(spec.measures), 0)),
-        previous=np.zeros((len(spec.distinct), 0), np.int32),
-        slots=np.zeros((len(spec.categories), 0), np.uint16),
-        flags=np.zeros(0, np.uint32),
-        beyond=0,
+    """Compiles all that computes a declaration, or loads it from disk."""
+    columns = len({*spec.distinct.values(), *(c.column for c in spec.categories.values())})
+    layout = Layout(
+        first_entity=0,
+        entities=1,
+        first_values=[0] * columns,
+        measures=len(spec.measures),
+        flags=bool(spec.filters),
     )
-    _run(nothing, spec, np.zeros(1, np.int64), [], np.zeros(1), labels=labels, cut_at=None)
+    # A column of integers is its own codes, of 8 bytes; any other has codes of 4.
+    for kind in (np.int64, np.int32):
+        code, number = frozen(np.zeros(1, kind)), frozen(np.zeros(1))
+        batch = Batch(
+            entity=code,
+            times=frozen(np.zeros(1, np.int64)),
+            measures=[number] * len(spec.measures),
+            values=[code] * columns,
+            flags=frozen(np.zeros(1, np.uint32)) if spec.filters else None,
+        )
+        slots = np.zeros(2, np.uint16)
+        values = Values(
+            sizes=[1] * columns,
+            distinct=[0] * len(spec.distinct),
+            categories=[(0, slots)] * len(spec.categories),
+        )
+        events = sort_batches([batch], layout, values)
+    cuts = np.ones(1, np.int64)
+    for rows in at_cutoffs(events, spec, cuts, labels=labels):
+        _last_cuts(rows.who, cuts, np.empty(1, np.int64))
+        to_frame(rows, shape(spec, labels=labels))
 
 
 def at_cutoffs(

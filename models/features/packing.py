@@ -22,8 +22,8 @@ from models.features.sorting import (
 )
 from models.features.spec import FeatureSpec, Scalar
 
-# Events read at a time where memory is bounded.
-_BATCH_EVENTS = 1_000_000
+# Events in a batch: enough for a thread to be busy with, few enough to take little memory.
+_BATCH_EVENTS = 250_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +145,8 @@ def _slices(frame: pl.DataFrame) -> Iterator[pl.DataFrame]:
         yield frame
     offset = 0
     for chunk in frame["_t"].get_chunks():
-        for inside in range(0, len(chunk), _BATCH_EVENTS // 4):
-            yield frame.slice(offset + inside, min(_BATCH_EVENTS // 4, len(chunk) - inside))
+        for inside in range(0, len(chunk), _BATCH_EVENTS):
+            yield frame.slice(offset + inside, min(_BATCH_EVENTS, len(chunk) - inside))
         offset += len(chunk)
 
 

@@ -22,7 +22,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 LARGEST = 1e100
 # A bucket's columns should fit in a core's second-level cache.
 _BUCKET_EVENTS = 12_000
-_MAX_BUCKETS = 2_048
+# Up to as many values, the last event of each is looked up; beyond, an entity's are sorted.
+_LOOKED_UP = 1 << 20
+_MAX_BUCKETS = 8_192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +205,7 @@ def finish(buckets: Buckets, values: Values, beyond: int) -> Sorted:
         row[: len(lookup)] = lookup
     columns = (
         bounds, buckets.code, buckets.times, buckets.measures, buckets.values, buckets.flags,
-        np.array(values.sizes, np.int64), np.array(values.distinct, np.int64), previous,
+        np.array(values.sizes, np.int64), np.array(values.distinct, np.int64), _LOOKED_UP, previous,
         np.array([c for c, _ in values.categories], np.int64), slot_of, slots,
     )  # fmt: skip
     at = np.searchsorted(edges, np.linspace(0, n, 8 * threads() + 1)[1:-1])
@@ -263,7 +265,7 @@ def _move_measure(column, to, out):  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True)
 def _sort_buckets(  # type: ignore[no-untyped-def]
     first, last, shift, edges, bounds, code, times, measures, values, flags,
-    sizes, distinct, previous, category, slot_of, slots,
+    sizes, distinct, looked_up, previous, category, slot_of, slots,
 ):  # fmt: skip
     """Sorts the buckets first:last in place; fills bounds, previous and slots."""
     largest = 0
@@ -278,7 +280,8 @@ def _sort_buckets(  # type: ignore[no-untyped-def]
     nexts = np.empty(width + 1, np.int64)
     seen_width = 0
     for d in range(distinct.size):
-        seen_width = max(seen_width, sizes[distinct[d]])
+        if sizes[distinct[d]] <= looked_up:
+            seen_width = max(seen_width, sizes[distinct[d]])
     # Where each value was last seen, in the sorted order; before an entity's start means never.
     seen = np.full((distinct.size, seen_width), -1, np.int64)
     entities = bounds.size - 1
@@ -325,6 +328,10 @@ def _sort_buckets(  # type: ignore[no-untyped-def]
             start = 0
             for e in range(width):
                 end = nexts[e]
+                if sizes[distinct[d]] > looked_up:
+                    _link(ints[distinct[d], start:end], previous[d, lo + start : lo + end])
+                    start = end
+                    continue
                 for i in range(start, end):
                     v = ints[distinct[d], i]
                     if v < 0:
@@ -360,3 +367,21 @@ def _by_time(order, times):  # type: ignore[no-untyped-def]
     for i in range(order.size):
         own[i] = order[by[i]]
     order[:] = own
+
+
+@njit(nogil=True, cache=True)
+def _link(values, previous):  # type: ignore[no-untyped-def]
+    """Finds each value's place before, as in `Sorted.previous`, without a table of all values."""
+    n = values.size
+    if n <= 16:
+        for i in range(n):
+            k = i - 1
+            while k >= 0 and values[k] != values[i]:
+                k -= 1
+            previous[i] = k if values[i] >= 0 else -2
+        return
+    by = np.argsort(values, kind="mergesort")
+    for i in range(n):
+        k = by[i]
+        again = i > 0 and values[by[i - 1]] == values[k]
+        previous[k] = -2 if values[k] < 0 else (by[i - 1] if again else -1)

@@ -16,14 +16,19 @@ Knows nothing of tables, files or compilers.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 from models.features.listing import Feature
 from models.features.shape import Shape
-from models.features.spec import FeatureSpec
+from models.features.spec import FeatureSpec, LabelSpec
 from models.features.templates import ARGUMENTS, CPU, CUDA, HEADER
 from models.features.windows import fixed_us
 
 LN2 = math.log(2.0)
+
+# What changes from cutoff to cutoff without any event.
+_BY_TIME = frozenset({"recency", "tenure", "overdue", "decay", "since_last"})
 
 
 def source(spec: FeatureSpec, made: Shape, device: str) -> str:
@@ -126,7 +131,9 @@ class _Writer:
 
     def _begin(self) -> None:
         made = self.made
-        self.put("e = 0")
+        self.put("e = 0\nlast = -1")
+        for i, (_, whole, _) in enumerate(made.columns):
+            self.put(f"v{i} = {0 if whole else 0.0}")
         for w in range(len(made.windows)):
             self.put(f"p{w} = 0")
             for k in range(len(made.stacks)):
@@ -213,9 +220,15 @@ if before > -2:
         self.level = 2
 
     def _windows(self) -> None:
+        """Moves the windows' first events and the horizons' ends to this cutoff's."""
         made = self.made
+        self.put("moved = e != last\nlast = e")
         for w in range(len(made.windows)):
-            self.put(f"while p{w} < e and t[s0 + p{w}] < starts[{w}, c]:\n    p{w} += 1")
+            self.put(
+                f"moved{w} = moved\n"
+                f"while p{w} < e and t[s0 + p{w}] < starts[{w}, c]:\n"
+                f"    p{w} += 1\n    moved{w} = True"
+            )
             for k in range(len(made.stacks)):
                 self.put(
                     f"if k{k}_{w} > low{k}:\n    k{k}_{w} = low{k}\n"
@@ -225,23 +238,46 @@ if before > -2:
         for k in range(len(made.stacks)):
             self.put(f"low{k} = depth{k}")
         for y in range(len(made.horizons)):
-            self.put(f"while y{y} < n and t[s0 + y{y}] < ends[{y}, c]:\n    y{y} += 1")
+            self.put(
+                f"movedy{y} = moved\n"
+                f"while y{y} < n and t[s0 + y{y}] < ends[{y}, c]:\n"
+                f"    y{y} += 1\n    movedy{y} = True"
+            )
 
     def _emit(self) -> None:
-        self.known = set()
-        targets = iter(self.made.targets)
-        for feature in self.made.features:
-            text = self._value(feature)
-            self.put(f"{next(targets)} = {text}")
-        for label in self.made.labels:
+        """Writes the row; what no event has entered or left since the last one is not redone."""
+        groups: dict[str, list[tuple[str, Callable[[], str]]]] = {}
+        for i, feature in enumerate(self.made.features):
+            value = partial(self._value, feature)
+            groups.setdefault(self._condition(feature), []).append((f"v{i}", value))
+        for i, label in enumerate(self.made.labels, len(self.made.features)):
             y = self.made.horizons.index(label.horizon_days)
-            if label.kind == "sum":
-                h, low = self._sum(str(label.measure), "x", None, f"y{y}", "e", f"y{y}")
-                text = f"{h} + {low}"
-            else:
-                test = {"none": " == 0", "any": " > 0", "count": ""}[label.kind]
-                text = f"int(y{y} - e{test})"
-            self.put(f"{next(targets)} = {text}")
+            groups.setdefault(f"movedy{y}", []).append((f"v{i}", partial(self._label, label, y)))
+        for condition, members in groups.items():
+            self.known = set()
+            self.put(f"if {condition}:")
+            self.level = 3
+            for name, written in members:
+                text = written()
+                self.put(f"{name} = {text}")
+            self.level = 2
+        for i, target in enumerate(self.made.targets):
+            self.put(f"{target} = v{i}")
+
+    def _condition(self, feature: Feature) -> str:
+        """When a feature may differ from the entity's row before."""
+        if feature.aggregation in _BY_TIME or feature.value == "recency":
+            return "True"
+        windows = [w for w in (feature.window, feature.long) if w is not None]
+        moved = [f"moved{list(self.made.windows).index(w)}" for w in windows]
+        return " or ".join(moved) or "moved"
+
+    def _label(self, label: LabelSpec, y: int) -> str:
+        if label.kind == "sum":
+            h, low = self._sum(str(label.measure), "x", None, f"y{y}", "e", f"y{y}")
+            return f"{h} + {low}"
+        test = {"none": " == 0", "any": " > 0", "count": ""}[label.kind]
+        return f"int(y{y} - e{test})"
 
     def _once(self, name: str, text: str) -> str:
         """Writes `name = text` unless this row has it already."""

@@ -14,8 +14,9 @@ from cluster import session
 from jobs import sweep
 from jobs.config import Sweep
 from jobs.search import Learned
-from models import families
+from models import clustering, families
 from models.families import Fitted, TrainingData, Variant
+from models.metrics import auc
 
 VARIANTS = [
     *({"family": "boosting", "rounds": r, "depth": d} for d in (2, 3) for r in (5, 20)),
@@ -31,60 +32,80 @@ def data() -> TrainingData:
     return TrainingData(x_train=x[:1000], y_train=y[:1000], x_valid=x[1000:], y_valid=y[1000:])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_cluster() -> Iterator[None]:
-    with session.connect(cpus=2):
-        yield
+@pytest.fixture(scope="module")
+def pools() -> Iterator[tuple[sweep.Pool, sweep.Pool]]:
+    with session.connect(cpus=2), sweep.pool(1, cpus=0.5) as one, sweep.pool(2, cpus=0.5) as two:
+        yield one, two
+
+
+@pytest.fixture
+def alone(pools: tuple[sweep.Pool, sweep.Pool]) -> sweep.Pool:
+    return pools[0]
+
+
+@pytest.fixture
+def pair(pools: tuple[sweep.Pool, sweep.Pool]) -> sweep.Pool:
+    return pools[1]
 
 
 def scores(outcomes: Sequence[sweep.Outcome]) -> list[float | None]:
     return [outcome.valid_auc for outcome in outcomes]
 
 
-def test_scores_do_not_depend_on_workers(tmp_path: Path, data: TrainingData) -> None:
-    one = sweep.run(VARIANTS, data, journal=tmp_path / "one", workers=1)
-    two = sweep.run(VARIANTS, data, journal=tmp_path / "two", workers=2)
+def test_scores_do_not_depend_on_workers(
+    tmp_path: Path, data: TrainingData, alone: sweep.Pool, pair: sweep.Pool
+) -> None:
+    one = sweep.run(VARIANTS, data, journal=tmp_path / "one", on=alone)
+    two = sweep.run(VARIANTS, data, journal=tmp_path / "two", on=pair)
     assert scores(one) == scores(two)
     assert [outcome.variant for outcome in one] == VARIANTS
     assert all(score is not None and score > 0.6 for score in scores(one))
 
 
-def test_resume_trains_only_what_is_missing(tmp_path: Path, data: TrainingData) -> None:
+def test_resume_trains_only_what_is_missing(
+    tmp_path: Path, data: TrainingData, alone: sweep.Pool, pair: sweep.Pool
+) -> None:
     journal = tmp_path / "journal"
-    first = sweep.run(VARIANTS[:3], data, journal=journal, workers=1)
+    first = sweep.run(VARIANTS[:3], data, journal=journal, on=alone)
     # A killed driver can leave half a line.
     journal.write_text(journal.read_text() + '{"variant": {"fam')
     trained: list[sweep.Outcome] = []
-    every = sweep.run(VARIANTS, data, journal=journal, workers=2, on_done=trained.extend)
+    every = sweep.run(VARIANTS, data, journal=journal, on=pair, on_done=trained.extend)
     assert len(trained) == len(VARIANTS)
     assert every[:3] == first
     lines = journal.read_text()
-    assert sweep.run(VARIANTS, data, journal=journal, workers=2) == every
+    assert sweep.run(VARIANTS, data, journal=journal, on=pair) == every
     assert journal.read_text() == lines
 
 
-def test_a_killed_worker_repeats_its_pack(tmp_path: Path, data: TrainingData) -> None:
-    whole = sweep.run(VARIANTS, data, journal=tmp_path / "whole", workers=2)
+def test_a_killed_worker_repeats_its_pack(
+    tmp_path: Path, data: TrainingData, pair: sweep.Pool
+) -> None:
+    whole = sweep.run(VARIANTS, data, journal=tmp_path / "whole", on=pair)
     killed: list[int] = []
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
 
     def kill_one(outcomes: Sequence[sweep.Outcome]) -> None:
         workers = [
             child
             for child in psutil.Process().children(recursive=True)
-            if child.name().startswith("ray::_Worker")
+            if child.name().startswith("ray::_Worker") and child.pid not in before
         ]
         if workers and not killed:
             killed.append(workers[0].pid)
             os.kill(workers[0].pid, signal.SIGKILL)
 
-    hurt = sweep.run(VARIANTS, data, journal=tmp_path / "hurt", workers=2, on_done=kill_one)
+    with sweep.pool(2, cpus=0.25) as own:
+        hurt = sweep.run(VARIANTS, data, journal=tmp_path / "hurt", on=own, on_done=kill_one)
     assert len(killed) == 1
     assert scores(hurt) == scores(whole)
 
 
-def test_a_failing_variant_is_told_and_stops_nothing(tmp_path: Path, data: TrainingData) -> None:
+def test_a_failing_variant_is_told_and_stops_nothing(
+    tmp_path: Path, data: TrainingData, alone: sweep.Pool
+) -> None:
     bad = {"family": "boosting", "rounds": 0, "depth": 2}
-    outcomes = sweep.run([*VARIANTS[:2], bad], data, journal=tmp_path / "journal", workers=1)
+    outcomes = sweep.run([*VARIANTS[:2], bad], data, journal=tmp_path / "journal", on=alone)
     assert outcomes[2].valid_auc is None
     assert outcomes[2].error is not None
     assert "rounds" in outcomes[2].error
@@ -105,11 +126,11 @@ def told(outcomes: Sequence[sweep.Outcome]) -> list[object]:
 
 
 def test_halving_goes_on_where_it_stopped_and_is_the_same_with_any_workers(
-    tmp_path: Path, data: TrainingData
+    tmp_path: Path, data: TrainingData, alone: sweep.Pool, pair: sweep.Pool
 ) -> None:
-    whole = sweep.run(BOOSTERS, data, journal=tmp_path / "whole", workers=2)
-    one = sweep.run(BOOSTERS, data, journal=tmp_path / "one", workers=1, halving=HALVING)
-    two = sweep.run(BOOSTERS, data, journal=tmp_path / "two", workers=2, halving=HALVING)
+    whole = sweep.run(BOOSTERS, data, journal=tmp_path / "whole", on=pair)
+    one = sweep.run(BOOSTERS, data, journal=tmp_path / "one", on=alone, halving=HALVING)
+    two = sweep.run(BOOSTERS, data, journal=tmp_path / "two", on=pair, halving=HALVING)
     assert told(one) == told(two)
     # 9 boosters in brackets of 5 and 4: 2 and 2 pass the first rung, 1 and 1 the second.
     stopped = [each.pruned_at for each in one if each.variant["rounds"] == 40]
@@ -119,20 +140,24 @@ def test_halving_goes_on_where_it_stopped_and_is_the_same_with_any_workers(
             assert each.valid_auc == alone.valid_auc
 
 
-def test_a_halved_sweep_resumes_to_the_same_end(tmp_path: Path, data: TrainingData) -> None:
+def test_a_halved_sweep_resumes_to_the_same_end(
+    tmp_path: Path, data: TrainingData, alone: sweep.Pool, pair: sweep.Pool
+) -> None:
     journal = tmp_path / "journal"
-    whole = sweep.run(BOOSTERS, data, journal=journal, workers=2, halving=HALVING)
+    whole = sweep.run(BOOSTERS, data, journal=journal, on=pair, halving=HALVING)
     lines = journal.read_text().splitlines(keepends=True)
     for count in (3, 8, 13):
         journal.write_text("".join(lines[:count]))
-        again = sweep.run(BOOSTERS, data, journal=journal, workers=1, halving=HALVING)
+        again = sweep.run(BOOSTERS, data, journal=journal, on=alone, halving=HALVING)
         assert told(again) == told(whole)
     assert told(sweep.outcomes(journal, BOOSTERS, halving=HALVING)) == told(whole)
 
 
-def test_hyperband_lets_each_third_bracket_run_whole(tmp_path: Path, data: TrainingData) -> None:
+def test_hyperband_lets_each_third_bracket_run_whole(
+    tmp_path: Path, data: TrainingData, pair: sweep.Pool
+) -> None:
     halving = sweep.Halving(rungs=(5, 15), keep=0.34, bracket=3, hyperband=True)
-    outcomes = sweep.run(BOOSTERS, data, journal=tmp_path / "journal", workers=2, halving=halving)
+    outcomes = sweep.run(BOOSTERS, data, journal=tmp_path / "journal", on=pair, halving=halving)
     stopped = [each.pruned_at for each in outcomes if each.variant["rounds"] == 40]
     assert sorted(stopped[:3], key=str) == [15, 5, None]
     assert sorted(stopped[3:6], key=str) == [15, None, None]
@@ -151,15 +176,15 @@ def learned() -> Learned:
 
 
 def test_a_learning_sampler_asks_the_same_with_any_workers_and_resumes(
-    tmp_path: Path, data: TrainingData
+    tmp_path: Path, data: TrainingData, alone: sweep.Pool, pair: sweep.Pool
 ) -> None:
     journal = tmp_path / "one"
-    one = sweep.run(learned(), data, journal=journal, workers=1)
-    assert told(one) == told(sweep.run(learned(), data, journal=tmp_path / "two", workers=2))
+    one = sweep.run(learned(), data, journal=journal, on=alone)
+    assert told(one) == told(sweep.run(learned(), data, journal=tmp_path / "two", on=pair))
     assert len(one) == 32
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:21]))
-    assert told(sweep.run(learned(), data, journal=journal, workers=2)) == told(one)
+    assert told(sweep.run(learned(), data, journal=journal, on=pair)) == told(one)
     kept = journal.read_text().splitlines(keepends=True)[:21]
     assert kept == lines[:21]
     assert told(sweep.outcomes(journal, learned())) == told(one)
@@ -168,18 +193,20 @@ def test_a_learning_sampler_asks_the_same_with_any_workers_and_resumes(
         sweep.outcomes(journal, learned())
 
 
-def test_warm_actors_serve_several_sweeps(tmp_path: Path, data: TrainingData) -> None:
+def test_warm_actors_serve_several_sweeps(
+    tmp_path: Path, data: TrainingData, alone: sweep.Pool, pair: sweep.Pool
+) -> None:
     other = TrainingData(
         x_train=data.x_train[::-1].copy(),
         y_train=1 - data.y_train[::-1],
         x_valid=data.x_valid,
         y_valid=1 - data.y_valid,
     )
-    with sweep.pool(2) as warm:
-        first = sweep.run(VARIANTS, data, journal=tmp_path / "first", on=warm)
-        second = sweep.run(VARIANTS, other, journal=tmp_path / "second", on=warm)
-    assert scores(first) == scores(sweep.run(VARIANTS, data, journal=tmp_path / "cold"))
-    assert scores(second) == scores(sweep.run(VARIANTS, other, journal=tmp_path / "colder"))
+    first = sweep.run(VARIANTS, data, journal=tmp_path / "first", on=pair)
+    second = sweep.run(VARIANTS, other, journal=tmp_path / "second", on=pair)
+    third = sweep.run(VARIANTS, data, journal=tmp_path / "third", on=pair)
+    assert scores(first) == scores(third) != scores(second)
+    assert scores(second) == scores(sweep.run(VARIANTS, other, journal=tmp_path / "cold", on=alone))
 
 
 def test_a_pack_that_does_not_fit_in_memory_is_halved(
@@ -208,3 +235,41 @@ def test_a_variant_whose_scores_are_not_numbers_is_told(data: TrainingData) -> N
     good, bad = sweep.train_pack(pack, data)
     assert good.error is None and good.valid_auc is not None
     assert bad.valid_auc is None and bad.error is not None and "finite" in bad.error
+
+
+def test_clusterings_go_through_the_same_actors_and_journal(
+    tmp_path: Path, pair: sweep.Pool
+) -> None:
+    x = np.random.default_rng(4).normal(size=(300, 3)).astype(np.float32)
+    rows = clustering.ClusterData(x=x, sample=100, resamples=1)
+    variants = [{"family": "kmeans", "clusters": k, "seed": s} for k in (2, 3, 200) for s in (0, 1)]
+    packs = [variants[:2], variants[2:4], variants[4:]]
+    journal = tmp_path / "journal"
+    found = sweep.run(sweep.Listed(packs), rows, journal=journal, on=pair, train=sweep.cluster_pack)
+    assert [each.variant for each in found] == variants
+    assert all(-1 <= each.metrics["silhouette"] <= 1 for each in found[:4])
+    assert all("clusters" in (each.error or "") for each in found[4:])
+    expected = clustering.fit_pack(variants[:4], rows)
+    assert [each.metrics for each in found[:4]] == [each.metrics for each in expected]
+    assert sweep.outcomes(journal, sweep.Listed(packs)) == found
+
+
+def test_a_sweep_out_of_time_ends_with_what_it_has(
+    tmp_path: Path, data: TrainingData, pair: sweep.Pool
+) -> None:
+    journal = tmp_path / "journal"
+    assert sweep.run(BOOSTERS, data, journal=journal, on=pair, limit_s=0) == []
+    whole = sweep.run(BOOSTERS, data, journal=journal, on=pair, limit_s=600)
+    assert [each.variant for each in whole] == BOOSTERS
+
+
+def test_models_are_trained_again_as_they_were(
+    tmp_path: Path, data: TrainingData, pair: sweep.Pool
+) -> None:
+    outcomes = sweep.run(VARIANTS, data, journal=tmp_path / "journal", on=pair)
+    fitted = sweep.fit(VARIANTS[::-1], data, on=pair)
+    with pytest.raises(sweep.SweepError, match="fail now"):
+        sweep.fit([{"family": "boosting", "rounds": 0}], data, on=pair)
+    assert [each.variant for each in fitted] == VARIANTS[::-1]
+    for each, outcome in zip(fitted, outcomes[::-1], strict=True):
+        assert auc(data.y_valid, each.predict(data.x_valid)) == outcome.valid_auc

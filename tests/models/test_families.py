@@ -3,6 +3,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import xgboost
+from sklearn.ensemble import RandomForestClassifier
 
 from models import boosting, forest, metrics, network
 from models.families import (
@@ -109,6 +111,72 @@ def test_network_equals_plain_torch_with_adamw(data):
         x_valid = torch.from_numpy((whole.x_valid - mean) / spread)
         theirs = torch.sigmoid(plain(x_valid))[:, 0].numpy()
     np.testing.assert_allclose(ours.valid_scores, theirs, atol=1e-3)
+
+
+def test_boosting_is_what_plain_xgboost_trains(data):
+    variant = {"rounds": 30, "depth": 4, "row_share": 0.7, "feature_share": 0.6, "seed": 9}
+    longer = {**variant, "rounds": 45}
+    (packed, _) = boosting.fit_pack([variant, longer], data)
+    plain = xgboost.train(
+        {
+            "objective": "binary:logistic",
+            "tree_method": "hist",
+            "nthread": 1,
+            "max_bin": 64,
+            "seed_per_iteration": True,
+            "seed": 9,
+            "max_depth": 4,
+            "learning_rate": 0.1,
+            "subsample": 0.7,
+            "colsample_bytree": 0.6,
+        },
+        xgboost.QuantileDMatrix(data.x_train, data.y_train, max_bin=64),
+        num_boost_round=30,
+    )
+    np.testing.assert_array_equal(packed.valid_scores, plain.predict(xgboost.DMatrix(data.x_valid)))
+    steps = [step for step, _ in packed.curve]
+    assert steps == [10, 20]
+
+
+def test_a_held_booster_goes_on_to_the_same_bits(data):
+    variants = [{"rounds": rounds, "row_share": 0.7, "seed": 4} for rounds in (10, 40)]
+    whole = boosting.fit_pack(variants, data)
+    held = {}
+    short, cut = boosting.fit_pack(variants, data, until=15, held=held, looks=(15,))
+    assert (short.pruned_at, cut.pruned_at) == (None, 15)
+    assert cut.curve[-1][0] == 15 and len(held) == 1
+    other = boosting.fit_pack([{**variants[1], "depth": 2}], data)
+    for each, expected in zip(boosting.fit_pack(variants, data, held=held), whole, strict=True):
+        np.testing.assert_array_equal(each.valid_scores, expected.valid_scores)
+        assert each.pruned_at is None
+    assert not held
+    assert np.abs(other[0].valid_scores - whole[1].valid_scores).max() > 0
+
+
+def test_patience_stops_a_booster_at_its_best_look_whatever_its_pack(data):
+    variants = [
+        {"rounds": rounds, "learning_rate": 0.5, "patience": 20, "seed": 1}
+        for rounds in (15, 100, 400)
+    ]
+    packed = boosting.fit_pack(variants, data)
+    for variant, each in zip(variants, packed, strict=True):
+        (alone,) = boosting.fit_pack([variant], data)
+        np.testing.assert_array_equal(each.valid_scores, alone.valid_scores)
+    last = packed[2].curve[-1][0]
+    assert last < 400
+    best = max(value for _, value in packed[2].curve)
+    assert metrics.auc(data.y_valid, packed[2].valid_scores) == pytest.approx(best, abs=1e-6)
+
+
+def test_a_forest_is_what_scikit_learn_grows_on_the_same_codes(data):
+    variant = {"trees": 8, "depth": 5, "seed": 3, "min_leaf": 2, "feature_share": 0.5}
+    (ours, _) = forest.fit_pack([variant, {**variant, "trees": 12}], data)
+    bins, codes, _ = forest.binned(data)
+    theirs = RandomForestClassifier(
+        8, max_depth=5, min_samples_leaf=2, max_features=0.5, random_state=3
+    ).fit(codes, data.y_train)
+    expected = theirs.predict_proba(bins.codes(data.x_valid))[:, 1]
+    np.testing.assert_array_equal(ours.valid_scores, expected)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -393,3 +393,14 @@ def test_streams_and_attributes_are_as_known_before_the_cutoff():
     assert_frame_equal(at[::-1], got.drop("who", "cutoff"))
     with pytest.raises(FeatureError, match=r"tables \['levels'\].*not given: \['exposures'\]"):
         compute(log, spec, [cutoff], tables={"exposures": tables["exposures"]})
+
+
+def test_rows_without_an_entity_or_a_cutoff():
+    log = frame([(1, CUTOFFS[0], 1.0, "a")])
+    nobody = pl.DataFrame(
+        {"who": [None, 1], "cutoff": [CUTOFFS[1]] * 2}, schema_overrides={"who": pl.Int64}
+    )
+    assert compute_at(log, SPEC, nobody)["buys_count_lifetime"].to_list() == [0, 1]
+    never = nobody.with_columns(cutoff=pl.lit(None, pl.Datetime("us")))
+    with pytest.raises(FeatureError, match="2 rows have a null 'cutoff'"):
+        compute_at(log, SPEC, never)

@@ -10,7 +10,15 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from models.features import FeatureError, FeatureSpec, compute, compute_parts, describe, engine
+from models.features import (
+    FeatureError,
+    FeatureSpec,
+    compute,
+    compute_parts,
+    describe,
+    engine,
+    sorting,
+)
 from models.features.events import micros
 
 START = datetime(2024, 1, 1)
@@ -93,6 +101,23 @@ def test_values_of_any_type_are_counted_alike() -> None:
     for kind in (item * 10**15, item.cast(pl.String), item.cast(pl.Float64), item.cast(pl.Date)):
         got = compute(events.with_columns(item=kind), SPEC, CUTOFFS)
         assert_frame_equal(got.select(names), want.select(names))
+
+
+def test_values_are_counted_alike_without_a_table_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = log(8_000, 60).with_columns(item=pl.when(pl.col("item") % 7 > 0).then("item"))
+    want = compute(events, SPEC, CUTOFFS)
+    monkeypatch.setattr(sorting, "_LOOKED_UP", 20)
+    assert_frame_equal(compute(events, SPEC, CUTOFFS), want)
+
+
+def test_all_bits_of_the_filters() -> None:
+    filters = [{"name": f"f{i}", "column": "n", "below": i / 4} for i in range(32)]
+    spec = SPEC.model_copy(update={"aggregations": [], "trends": [], "lifetime": ["count"]})
+    spec = FeatureSpec.model_validate(spec.model_dump() | {"filters": filters})
+    events = log(500, 9)
+    got = compute(events, spec, CUTOFFS)
+    wanted = engine.at_cutoffs(events, spec, describe(spec), [micros(c) for c in CUTOFFS])
+    assert_frame_equal(got, wanted, rel_tol=2e-6)
 
 
 def test_parts_make_the_whole_and_stay_small() -> None:

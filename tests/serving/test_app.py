@@ -1,12 +1,10 @@
 """Serving on a real Ray Serve, over HTTP, from a real registry."""
 
 import asyncio
-import itertools
 import json
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import httpx
 import numpy as np
 import polars as pl
 import psutil
+import pyarrow as pa
 import pytest
 
 from cluster import session
@@ -23,7 +22,7 @@ from models.encoding import Encoder
 from models.families import FAMILIES, TrainingData
 from models.registry import Card, Registry
 from models.scoring import Scorer
-from serving import app, schema
+from serving import app, arrow
 
 LIMITS = app.Limits(rows=3_000, body_bytes=2**20, ongoing=16, queued=24)
 
@@ -67,6 +66,19 @@ class Ground:
 
     def post(self, name: str, body: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/models/{name}/score", json=body, timeout=30)
+
+    def post_arrow(self, name: str, body: bytes) -> httpx.Response:
+        kind = {"content-type": arrow.MEDIA_TYPE}
+        url = f"{self.url}/v1/models/{name}/score"
+        return httpx.post(url, content=body, headers=kind, timeout=30)
+
+
+def stream(frame: pl.DataFrame) -> bytes:
+    table = frame.to_arrow()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
 
 
 def trained(family: str, **variant: Any) -> Scorer:
@@ -196,24 +208,36 @@ def test_scores_are_the_scorers_to_the_bit(ground: Ground, family: str) -> None:
         assert body["scores"] == scorer.score(frame).tolist()
 
 
-@pytest.mark.parametrize(("family", "calls"), [("boosting", 1), ("forest", 1), ("network", 40)])
-def test_a_batch_gives_each_request_what_it_gets_alone(
-    ground: Ground, family: str, calls: int
-) -> None:
-    _, scorer = ground.registry.load(family)
-    called: list[int] = []
+@pytest.mark.parametrize("family", ["boosting", "forest", "network"])
+def test_arrow_gives_the_same_numbers(ground: Ground, family: str) -> None:
+    card, scorer = ground.registry.load(family)
+    gaps = ROWS.with_columns(pl.lit(None).alias("segment"), pl.col("spend").cast(pl.Float32))
+    for frame in (ROWS[:1], pl.concat([ROWS] * 10).select(reversed(ROWS.columns)), gaps):
+        answer = ground.post_arrow(family, stream(frame))
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == arrow.MEDIA_TYPE
+        table = pa.ipc.open_stream(answer.content).read_all()
+        assert table.schema.metadata == {
+            b"model": family.encode(),
+            b"version": str(card.version).encode(),
+        }
+        assert table["score"].to_pylist() == scorer.score(frame).tolist()
 
-    def predict(x: np.ndarray) -> np.ndarray:
-        called.append(len(x))
-        return scorer.predict(x)
 
-    sizes = [1, 1, 1, 7] * 10
-    cuts = [0, *np.cumsum(sizes).tolist()]
-    frames = [ROWS[start:end] for start, end in itertools.pairwise(cuts)]
-    batch = app.together(Scorer(encoder=ENCODER, predict=predict), family)
-    scores = batch([frame.to_dict(as_series=False) for frame in frames])
-    assert len(called) == calls
-    assert [part.tolist() for part in scores] == [scorer.score(f).tolist() for f in frames]
+def test_arrow_that_does_not_fit_is_told(ground: Ground) -> None:
+    spent = ROWS.with_columns(spend=pl.Series([1.0, 4e38] * 100))
+    for body, status, field, reason in (
+        (stream(ROWS.rename({"spend": "spent"})), 422, "spend", "missing"),
+        (stream(ROWS.cast({"visits": pl.String})), 422, "visits", "send numbers"),
+        (stream(spent), 422, "spend", "too large for float32"),
+        (stream(pl.concat([ROWS] * 16)), 422, None, "over 3000 rows"),
+        (stream(ROWS[:0]), 422, None, "no rows"),
+        (b"ARROW1", 400, None, "not an Arrow IPC stream"),
+    ):
+        answer = ground.post_arrow("boosting", body)
+        assert answer.status_code == status
+        problem = answer.json()["detail"][0]
+        assert (problem["field"], reason in problem["reason"]) == (field, True)
 
 
 @pytest.mark.parametrize("family", ["boosting", "forest", "network"])
@@ -384,47 +408,3 @@ def test_serve_again_finds_what_runs_or_says_that_it_differs(ground: Ground) -> 
         with pytest.raises(app.ServingError, match="already runs"):
             app.serve(ground.uri, limits=LIMITS, refresh_s=0.2, **other)
     assert httpx.get(f"{ground.url}/healthz").status_code == 200
-
-
-def test_requests_that_come_while_a_model_is_busy_meet_in_one_call() -> None:
-    free = threading.Event()
-    calls: list[int] = []
-
-    def score(parts: Sequence[schema.Columns]) -> list[np.ndarray]:
-        calls.append(len(parts))
-        free.wait(30)
-        return [np.array(part["x"], dtype=np.float64) for part in parts]
-
-    async def ask() -> list[np.ndarray]:
-        batcher = app.Batcher(score, max_rows=20)
-        first = asyncio.create_task(batcher.score({"x": [0.0]}, 1))
-        while not calls:
-            await asyncio.sleep(0.001)
-        later = [asyncio.create_task(batcher.score({"x": [float(at)]}, 1)) for at in range(1, 31)]
-        await asyncio.sleep(0)
-        later[4].cancel()
-        free.set()
-        answers = await asyncio.gather(first, *later, return_exceptions=True)
-        assert isinstance(answers.pop(5), asyncio.CancelledError)
-        return [answer for answer in answers if isinstance(answer, np.ndarray)]
-
-    answers = asyncio.run(ask())
-    assert calls == [1, 20, 10]
-    assert [float(answer[0]) for answer in answers] == [float(at) for at in range(31) if at != 5]
-
-
-def test_a_call_that_fails_is_told_to_all_in_it_and_the_next_goes_on() -> None:
-    def score(parts: Sequence[schema.Columns]) -> list[np.ndarray]:
-        if any(part["x"] == [None] for part in parts):
-            raise ArithmeticError("no")
-        return [np.array(part["x"], dtype=np.float64) for part in parts]
-
-    async def ask() -> None:
-        batcher = app.Batcher(score)
-        answers = await asyncio.gather(
-            batcher.score({"x": [None]}, 1), batcher.score({"x": [1.0]}, 1), return_exceptions=True
-        )
-        assert [type(answer) for answer in answers] == [ArithmeticError, ArithmeticError]
-        assert (await batcher.score({"x": [2.0]}, 1)).tolist() == [2.0]
-
-    asyncio.run(ask())

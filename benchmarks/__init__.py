@@ -1,0 +1,1 @@
+"""Claims of speed: ours against named peers, the same work in one run, equal results checked."""

@@ -1,0 +1,458 @@
+"""What a node runs at boot: it joins Ray as head or worker, and goes on doing so.
+
+    python -m cluster.bootstrap head | worker | health
+
+Configured by environment variables (infra/README.md, «What a node is told»). A node waits for what
+it needs, joins, joins again when Ray ends (a head that restarted, a network that was cut), says how
+it is in `LIFTYARD_STATE_DIR/health.json` (`health` prints it, and exits 0 where it is ready), and
+on a notice that its machine goes drains itself and stays away. A head also holds the standing Dask
+lease. Token and TLS are Ray's own variables, which Dask's processes follow.
+"""
+
+import json
+import os
+import secrets
+import shlex
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+Role = Literal["head", "worker"]
+
+SECRETS = ("RAY_AUTH_TOKEN_PATH", "RAY_TLS_CA_CERT", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY")
+LONGEST_PAUSE_S = 30.0
+SETTLED_S = 60.0
+# The cloud gives two minutes' notice; what can't move by then is run again by Ray.
+DRAIN_S = 110
+DRAINED = "it has left Ray after a notice"
+
+
+class BootstrapError(ValueError):
+    """The node isn't told what it needs; the message names every variable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What a node is told.
+
+    Attributes:
+        role: Head or worker.
+        address: Its own IP address, by which the cluster knows it.
+        head_host: The head's name or address.
+        ray_port: The head's GCS port.
+        dashboard_host: Address that the dashboard listens on.
+        dashboard_port: The dashboard's port.
+        dask_port: The standing Dask scheduler's port, at the head.
+        dask_workers: One-CPU Dask workers of the standing lease; 0 holds none.
+        dask_most: What the lease may grow to while there is work and room.
+        state: Folder of `health.json`.
+        scratch: Ray's folder of sockets and logs; None is Ray's default.
+        cpus: CPUs to give out; None lets Ray count.
+        gpus: GPUs to give out; None lets Ray count.
+        metadata: The cloud's metadata service, which has notices; None where there is none.
+    """
+
+    role: Role
+    address: str
+    head_host: str
+    ray_port: int
+    dashboard_host: str
+    dashboard_port: int
+    dask_port: int
+    dask_workers: int
+    dask_most: int
+    state: Path
+    scratch: Path | None
+    cpus: int | None
+    gpus: int | None
+    metadata: str | None
+
+    @property
+    def head(self) -> str:
+        """The head's address as Ray takes it, `host:port`."""
+        return f"{self.head_host}:{self.ray_port}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """How a node is.
+
+    Attributes:
+        state: `waiting` (for what `detail` says), `joining`, `ready`, `failed` (it tries again),
+            `draining`, `drained` or `ended`.
+        detail: In words.
+        since: When it became so, ISO 8601 UTC.
+        process: Id of the process that says so.
+    """
+
+    state: str
+    detail: str
+    since: str
+    process: int
+
+
+def read(role: Role, variables: Mapping[str, str]) -> Node:
+    """Reads what a node is told.
+
+    Args:
+        role: `head` or `worker`.
+        variables: As the process's environment; infra/README.md lists them.
+
+    Raises:
+        BootstrapError: One is missing or no number; or TLS or the token is asked for and a file
+            isn't named.
+    """
+    needed = [
+        *("LIFTYARD_NODE_ADDRESS", "LIFTYARD_RAY_PORT", "LIFTYARD_STATE_DIR"),
+        *(("LIFTYARD_DASHBOARD_PORT", "LIFTYARD_DASK_PORT") if role == "head" else ()),
+        *(("LIFTYARD_HEAD_HOST",) if role == "worker" else ()),
+        *_secrets_asked(variables),
+    ]
+    missing = [name for name in needed if not variables.get(name)]
+    if missing:
+        raise BootstrapError(
+            f"{role} needs {', '.join(missing)}: see infra/README.md, «What a node is told»"
+        )
+
+    def number(name: str, default: int | None) -> int | None:
+        text = variables.get(name, "")
+        if not text:
+            return default
+        if not text.isdecimal():
+            raise BootstrapError(f"{name}={text!r}: a number, at least 0, is needed")
+        return int(text)
+
+    workers = number("LIFTYARD_DASK_WORKERS", 1) or 0
+    cloud = "http://169.254.169.254" if variables.get("LIFTYARD_INSTANCE_ID") else None
+    scratch = variables.get("LIFTYARD_SCRATCH")
+    return Node(
+        role=role,
+        address=variables["LIFTYARD_NODE_ADDRESS"],
+        head_host=variables.get("LIFTYARD_HEAD_HOST") or variables["LIFTYARD_NODE_ADDRESS"],
+        ray_port=number("LIFTYARD_RAY_PORT", None) or 0,
+        dashboard_host=variables.get("LIFTYARD_DASHBOARD_HOST", "0.0.0.0"),
+        dashboard_port=number("LIFTYARD_DASHBOARD_PORT", 0) or 0,
+        dask_port=number("LIFTYARD_DASK_PORT", 0) or 0,
+        dask_workers=workers,
+        dask_most=max(workers, number("LIFTYARD_DASK_MOST", workers) or 0),
+        state=Path(variables["LIFTYARD_STATE_DIR"]),
+        scratch=Path(scratch) if scratch else None,
+        cpus=number("LIFTYARD_CPUS", None),
+        gpus=number("LIFTYARD_GPUS", None),
+        metadata=variables.get("LIFTYARD_METADATA_URL") or cloud,
+    )
+
+
+def command(node: Node, *, client_port: int = 10001) -> list[str]:
+    """The command that keeps the node in Ray, in the foreground.
+
+    Args:
+        node: What it is told.
+        client_port: Port of Ray's client server, at a head; nothing of ours uses it.
+    """
+    options = [
+        *([] if node.cpus is None else [f"--num-cpus={node.cpus}"]),
+        *([] if node.gpus is None else [f"--num-gpus={node.gpus}"]),
+        *([] if node.scratch is None else [f"--temp-dir={node.scratch}"]),
+        f"--node-ip-address={node.address}",
+        "--dashboard-agent-listen-port=0",
+        "--disable-usage-stats",
+        "--log-color=false",
+        "--block",
+    ]
+    start = [str(Path(sys.executable).with_name("ray")), "start"]
+    if node.role == "worker":
+        return [*start, f"--address={node.head}", *options]
+    return [
+        *(*start, "--head", f"--port={node.ray_port}"),
+        f"--dashboard-host={node.dashboard_host}",
+        f"--dashboard-port={node.dashboard_port}",
+        f"--ray-client-server-port={client_port}",
+        *options,
+    ]
+
+
+def lacking(node: Node, variables: Mapping[str, str]) -> str | None:
+    """What the node still has to wait for, in words; None where it can join.
+
+    Secrets must be readable, the machine not on its way out, and, for a worker, the head must
+    answer; where TLS is on, with a certificate of the authority this node knows.
+    """
+    for name in _secrets_asked(variables):
+        if not os.access(variables[name], os.R_OK):
+            return f"{variables[name]} ({name}), which isn't there or can't be read"
+    if (why := notice(node)) is not None:
+        return f"the machine to end: {why}"
+    if node.role == "head":
+        return None
+    try:
+        with socket.create_connection((node.head_host, node.ray_port), timeout=5) as plain:
+            if _tls_on(variables):
+                trust = ssl.create_default_context(cafile=variables["RAY_TLS_CA_CERT"])
+                trust.load_cert_chain(
+                    variables["RAY_TLS_SERVER_CERT"], variables["RAY_TLS_SERVER_KEY"]
+                )
+                trust.set_alpn_protocols(["h2"])
+                with trust.wrap_socket(plain, server_hostname=node.head_host):
+                    pass
+    except ssl.SSLError as error:
+        return f"a head at {node.head} of the same authority: {error.reason or error}"
+    except OSError as error:
+        return f"the head at {node.head}: {error}"
+    return None
+
+
+def notice(node: Node) -> str | None:
+    """Why the cloud is about to take the machine, or None.
+
+    Asks the metadata service (IMDSv2) for a spot notice and the group's lifecycle state. One that
+    doesn't answer is no notice: the fleet's keeper at the head hears of it too.
+    """
+    if node.metadata is None:
+        return None
+    try:
+        asked = urllib.request.Request(
+            f"{node.metadata}/latest/api/token",
+            method="PUT",
+            headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"},
+        )
+        with urllib.request.urlopen(asked, timeout=2) as answer:
+            token = answer.read().decode()
+        spot = _metadata(node.metadata, "spot/instance-action", token)
+        if spot is not None:
+            return f"spot notice {spot}"
+        group = _metadata(node.metadata, "autoscaling/target-lifecycle-state", token)
+        if group is not None and group.startswith("Terminated"):
+            return f"its group's target is {group}"
+    except OSError:
+        return None
+    return None
+
+
+def run(node: Node, variables: Mapping[str, str]) -> None:
+    """Keeps the node in the cluster until TERM.
+
+    Args:
+        node: What it is told.
+        variables: The process's environment.
+    """
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: ended.set())
+    pause_s = 1.0
+    while not ended.is_set():
+        missing = lacking(node, variables)
+        if missing is not None:
+            report(node, "waiting", f"waits for {missing}")
+            ended.wait(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            continue
+        began = time.monotonic()
+        why = _join(node, ended)
+        if time.monotonic() - began > SETTLED_S:
+            pause_s = 1.0
+        if not ended.is_set():
+            state = "drained" if why == DRAINED else "failed"
+            report(node, state, f"{why}; tries again in {pause_s:g} s")
+            ended.wait(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+    report(node, "ended", "told to end")
+
+
+def _join(node: Node, ended: threading.Event) -> str:
+    """Keeps Ray running until it ends, the node has drained or it is told to; says which."""
+    report(node, "joining", "head starts" if node.role == "head" else f"joins {node.head}")
+    with tempfile.TemporaryFile() as output:
+        # A file and not a pipe, which Ray's processes would hold and fill.
+        ray = subprocess.Popen(
+            command(node, client_port=_free_port()),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        lease: subprocess.Popen[bytes] | None = None
+        ready, draining, look_at, lease_at = False, False, 0.0, 0.0
+        try:
+            while ray.poll() is None:
+                if ended.wait(0.2):
+                    return "told to end"
+                if not ready:
+                    output.seek(0)
+                    ready = b"Ray runtime started" in output.read()
+                    if ready:
+                        report(node, "ready", _registered(node))
+                    continue
+                idle = node.role == "head" and (lease is None or lease.poll() is not None)
+                if idle and node.dask_workers and time.monotonic() > lease_at:
+                    # One that ended was refused for want of CPUs, or has lost its scheduler.
+                    lease = _hold_lease(node)
+                    lease_at = time.monotonic() + 5
+                if not draining and time.monotonic() > look_at:
+                    look_at = time.monotonic() + 5
+                    if (why := notice(node)) is not None:
+                        draining = True
+                        report(node, "draining", why)
+                        drain(node, why)
+            output.seek(0)
+            said = output.read().decode(errors="replace").strip().splitlines()[-15:]
+            if draining:
+                return DRAINED
+            return f"Ray ended with {ray.returncode}: " + "\n  ".join(["", *said])
+        finally:
+            for process in (lease, ray):
+                if process is not None:
+                    _end(process)
+
+
+def drain(node: Node, why: str, *, within_s: int = DRAIN_S) -> None:
+    """Tells Ray that this node goes: nothing new starts on it, and it leaves when it is idle.
+
+    Args:
+        node: The node.
+        why: For the log.
+        within_s: Seconds after which what still runs there is lost, and run again elsewhere.
+    """
+    from ray import _raylet
+    from ray.core.generated import autoscaler_pb2
+
+    native: Any = _raylet
+    messages: Any = autoscaler_pb2
+    gcs = native.GcsClient(address=node.head)
+    for id, info in gcs.get_all_node_info().items():
+        # 0 is alive; a node of this address that died before is none of ours.
+        if info.node_manager_address == node.address and info.state == 0:
+            gcs.drain_node(
+                id.hex(),
+                messages.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+                why,
+                int((time.time() + within_s) * 1000),
+            )
+
+
+def report(node: Node, state: str, detail: str) -> None:
+    """Says how the node is, on the output and in `health.json`."""
+    health = Health(
+        state=state,
+        detail=detail,
+        since=datetime.now(UTC).isoformat(timespec="seconds"),
+        process=os.getpid(),
+    )
+    print(f"{health.since} {node.role} {node.address}: {state}: {detail}", flush=True)
+    node.state.mkdir(parents=True, exist_ok=True)
+    draft = node.state / f"health.{secrets.token_hex(4)}"
+    draft.write_text(json.dumps(asdict(health), indent=2) + "\n", encoding="utf-8")
+    draft.replace(node.state / "health.json")
+
+
+def health(state: Path) -> Health:
+    """What a node last said; `ended` where the process that said it is gone.
+
+    Raises:
+        FileNotFoundError: None has said anything there.
+    """
+    kept = Health(**json.loads((state / "health.json").read_text(encoding="utf-8")))
+    if Path("/proc/self").exists() and not Path(f"/proc/{kept.process}").exists():
+        return Health(**{**asdict(kept), "state": "ended", "detail": f"died while {kept.state}"})
+    return kept
+
+
+def _registered(node: Node) -> str:
+    """The node as Ray has it, and what of its accelerators Ray hasn't."""
+    from ray import _raylet
+
+    native: Any = _raylet
+    for info in native.GcsClient(address=node.head).get_all_node_info().values():
+        if info.node_manager_address == node.address and info.state == 0:
+            has = info.resources_total
+            gpus = has.get("GPU", 0.0)
+            kinds = [name.partition(":")[2] for name in has if name.startswith("accelerator_type:")]
+            said = (
+                f"{has.get('CPU', 0.0):g} CPUs, {gpus:g} GPUs{' of ' + kinds[0] if kinds else ''}"
+            )
+            devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
+            if node.gpus is None and devices > gpus:
+                said += f"; the machine has {devices} GPUs: is its driver well?"
+            return said
+    return "not yet in the head's list of nodes"
+
+
+def _hold_lease(node: Node) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "cluster.local", f"--address={node.address}:{node.ray_port}"),
+            *(f"--workers={node.dask_workers}", f"--most={node.dask_most}"),
+            f"--port={node.dask_port}",
+        ],
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _metadata(url: str, path: str, token: str) -> str | None:
+    asked = urllib.request.Request(
+        f"{url}/latest/meta-data/{path}", headers={"X-aws-ec2-metadata-token": token}
+    )
+    try:
+        with urllib.request.urlopen(asked, timeout=2) as answer:
+            return str(answer.read().decode())
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code == 404:
+                return None
+        raise
+
+
+def _secrets_asked(variables: Mapping[str, str]) -> list[str]:
+    token = variables.get("RAY_AUTH_MODE") == "token" and "RAY_AUTH_TOKEN" not in variables
+    return [*SECRETS[: 1 if token else 0], *(SECRETS[1:] if _tls_on(variables) else ())]
+
+
+def _tls_on(variables: Mapping[str, str]) -> bool:
+    return variables.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
+def _free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("", 0))
+        return int(held.getsockname()[1])
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line; see the module's docstring."""
+    role = arguments[0] if len(arguments) == 1 else ""
+    try:
+        if role == "health":
+            found = health(Path(os.environ["LIFTYARD_STATE_DIR"]))
+            print(json.dumps(asdict(found)))
+            sys.exit(0 if found.state == "ready" else 1)
+        if role not in ("head", "worker"):
+            raise BootstrapError(
+                f"arguments {shlex.join(arguments)!r}: allowed is one of head, worker and health"
+            )
+        run(read("head" if role == "head" else "worker", os.environ), os.environ)
+    except (BootstrapError, OSError, KeyError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,14 @@
+output "tracking_uri" {
+  description = "The MLflow server's address, answered inside the VPC."
+  value       = "http://${local.host}:${var.port}"
+}
+
+output "database_arn" {
+  description = "ARN of the database."
+  value       = aws_db_instance.this.arn
+}
+
+output "database_secret_arn" {
+  description = "Secret with the database's user and password, kept by RDS."
+  value       = local.secret_arn
+}

@@ -1,0 +1,431 @@
+"""Hands queued jobs to Ray: by priority and fair share, within each team's quota.
+
+    python -m jobs.dispatch --env NAME --home HOME --slots CPUS
+
+What is decided is in the queue's file before it is acted on, so that the dispatcher, a submitter or
+the head can be killed at any moment: Ray takes an attempt's id once, and the attempt itself claims
+its row before it runs anything (`jobs/attempt.py`), and writes down how it ended.
+"""
+
+import argparse
+import json
+import shlex
+import signal
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluster import environment, supervisor
+from jobs import schedule, submission
+from jobs.queue import (
+    FAILED,
+    RUNNING,
+    STOPPED,
+    SUCCEEDED,
+    WAITING,
+    Queue,
+    file_of,
+    insert,
+    restored,
+    utc,
+)
+
+ATTEMPT = Path(__file__).with_name("attempt.py")
+
+
+class Engine(Protocol):
+    """What runs attempts; `RayJobs` in an environment."""
+
+    def submit(self, id: str, entrypoint: str) -> None:
+        """Runs a shell command under an id, once: an id it has is left as it is.
+
+        Raises:
+            OSError: It doesn't answer, or may not have taken it.
+        """
+
+    def living(self) -> set[str]:
+        """Ids that run or are about to.
+
+        Raises:
+            OSError: It doesn't answer.
+        """
+
+    def stop(self, id: str) -> None:
+        """Ends an attempt; one that has ended is left as it is.
+
+        Raises:
+            OSError: It doesn't answer.
+        """
+
+
+class RayJobs:
+    """Ray's job submission as an `Engine`.
+
+    Args:
+        where: The environment whose dashboard takes the jobs.
+    """
+
+    def __init__(self, where: environment.Environment) -> None:
+        self._where = where
+        self._client: Any = None
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            self._client = submission._client(self._where)
+        return self._client
+
+    def submit(self, id: str, entrypoint: str) -> None:
+        client = self._connected()
+        try:
+            client.submit_job(entrypoint=entrypoint, submission_id=id)
+        except RuntimeError as error:
+            if "already exists" not in str(error):
+                raise ConnectionError(f"Ray didn't take {id}: {error}") from error
+
+    def living(self) -> set[str]:
+        try:
+            listed = self._connected().list_jobs()
+        except RuntimeError as error:
+            raise ConnectionError(f"Ray doesn't list its jobs: {error}") from error
+        return {each.submission_id for each in listed if str(each.status) in ("PENDING", "RUNNING")}
+
+    def stop(self, id: str) -> None:
+        try:
+            self._connected().stop_job(id)
+        except RuntimeError as error:
+            if "does not exist" not in str(error):
+                raise ConnectionError(f"Ray didn't stop {id}: {error}") from error
+
+
+def dispatch(
+    queue: Queue,
+    engine: Engine,
+    *,
+    slots: float,
+    ended: threading.Event,
+    interval_s: float = 0.05,
+    look_s: float = 2.0,
+) -> None:
+    """Hands jobs over until told to end; waits first for another dispatcher to end.
+
+    Args:
+        queue: The queue.
+        engine: What runs attempts.
+        slots: CPUs that running jobs may take together.
+        ended: Set to end it; jobs go on, and the next dispatcher finds them.
+        interval_s: Time between two looks at the queue.
+        look_s: Time between two questions what still runs.
+    """
+    with dispatching(queue):
+        look_at, pause_s, said = 0.0, interval_s, ""
+        while not ended.is_set():
+            look = time.monotonic() >= look_at
+            if look:
+                look_at = time.monotonic() + look_s
+            try:
+                step(queue, engine, slots=slots, look=look)
+                pause_s, said = interval_s, ""
+            except OSError as error:
+                # A head that restarts; nothing is lost, and once is enough to say so.
+                if str(error) != said:
+                    print(f"queue: {error}", file=sys.stderr, flush=True)
+                pause_s, said = min(2 * pause_s, 5.0), str(error)
+                look_at = 0.0
+            ended.wait(pause_s)
+
+
+@contextmanager
+def dispatching(queue: Queue) -> Iterator[None]:
+    """Held by the one dispatcher there may be; another waits, and takes over when it dies."""
+    with supervisor.locked(queue.file.with_suffix(".dispatcher")):
+        yield
+
+
+def step(queue: Queue, engine: Engine, *, slots: float, look: bool = True) -> int:
+    """Does what there is to do now; called again and again by the dispatcher.
+
+    Args:
+        engine: What runs attempts.
+        slots: CPUs that running jobs may take together.
+        look: Whether to ask the engine what still runs; what ended well or badly by itself
+            is seen without.
+
+    Returns:
+        Jobs that it handed over.
+
+    Raises:
+        OSError: The engine doesn't answer; what was decided is acted on at the next call.
+    """
+    _tick(queue)
+    _settle(queue)
+    _hand_over_again(queue, engine)
+    if look:
+        _look(queue, engine)
+    _end_overdue(queue, engine)
+    done = 0
+    while (row := _choose(queue, slots)) is not None:
+        _hand_over(queue, engine, row["id"], row["attempt"])
+        done += 1
+    return done
+
+
+def _tick(queue: Queue) -> None:
+    """Queues what schedules are due."""
+    now = time.time()
+    with queue.opened() as connection:
+        due = connection.execute("SELECT * FROM schedules WHERE due <= ?", (now,)).fetchall()
+    for row in due:
+        cron = schedule.parse(row["cron"], zone=row["zone"])
+        tick, following = utc(row["due"]), schedule.next_after(cron, utc(row["due"]))
+        while following.timestamp() <= now:
+            tick, following = following, schedule.next_after(cron, following)
+        key = f"{row['name']} {tick.isoformat()}"
+        spec = restored({**json.loads(row["spec"]), "key": key})
+        with queue.changed() as connection:
+            moved = connection.execute(
+                "UPDATE schedules SET due = ? WHERE name = ? AND due = ?",
+                (following.timestamp(), row["name"], row["due"]),
+            )
+            if moved.rowcount:
+                insert(connection, spec)
+
+
+def _settle(queue: Queue) -> None:
+    """Ends attempts that wrote down how they ended."""
+    with queue.opened() as connection:
+        finished = connection.execute(
+            "SELECT * FROM jobs WHERE state = ? AND finished IS NOT NULL", (RUNNING,)
+        ).fetchall()
+    for row in finished:
+        if row["code"] == 0:
+            _end(queue, row, SUCCEEDED, "")
+        elif row["stop"]:
+            _end(queue, row, STOPPED, "stopped while it ran")
+        elif row["overdue"]:
+            limit = json.loads(row["spec"])["timeout_s"]
+            _again(queue, row, "timeout", f"took longer than its limit of {limit:g} s")
+        elif row["code"] < 0:
+            _again(queue, row, "lost", f"killed by signal {-row['code']}")
+        else:
+            _again(queue, row, "failed", f"exit status {row['code']}")
+
+
+def _hand_over_again(queue: Queue, engine: Engine) -> None:
+    """Of a dispatcher that died between deciding and acting: the engine takes an id once."""
+    with queue.opened() as connection:
+        rows = connection.execute(
+            "SELECT id, attempt FROM jobs WHERE state = ? AND accepted = 0", (RUNNING,)
+        ).fetchall()
+    for row in rows:
+        _hand_over(queue, engine, row["id"], row["attempt"])
+
+
+def _look(queue: Queue, engine: Engine) -> None:
+    """Finds attempts that are gone without a word, with their head or their machine."""
+    with queue.opened() as connection:
+        # Before the engine is asked: what it has taken since is then in its list.
+        rows = connection.execute(
+            "SELECT * FROM jobs WHERE state = ? AND accepted = 1", (RUNNING,)
+        ).fetchall()
+    if not rows:
+        return
+    living = engine.living()
+    for row in rows:
+        if f"{row['id']}-{row['attempt']}" in living:
+            continue
+        with queue.opened() as connection:
+            now = connection.execute(
+                "SELECT * FROM jobs WHERE id = ? AND attempt = ? AND finished IS NULL",
+                (row["id"], row["attempt"]),
+            ).fetchone()
+        # It may have written down its end meanwhile.
+        if now is None:
+            continue
+        if now["stop"]:
+            _end(queue, now, STOPPED, "stopped")
+        elif now["overdue"]:
+            _again(queue, now, "timeout", "took longer than its limit")
+        else:
+            _again(queue, now, "lost", "the attempt, its head or its machine died")
+
+
+def _end_overdue(queue: Queue, engine: Engine) -> None:
+    with queue.opened() as connection:
+        rows = connection.execute(
+            "SELECT id, attempt, stop, began, spec FROM jobs"
+            " WHERE state = ? AND accepted = 1 AND finished IS NULL",
+            (RUNNING,),
+        ).fetchall()
+    for row in rows:
+        limit = json.loads(row["spec"])["timeout_s"]
+        late = limit is not None and row["began"] and time.time() > row["began"] + limit
+        if late and not row["stop"]:
+            with queue.changed() as connection:
+                connection.execute("UPDATE jobs SET overdue = 1 WHERE id = ?", (row["id"],))
+        if late or row["stop"]:
+            engine.stop(f"{row['id']}-{row['attempt']}")
+
+
+def _choose(queue: Queue, slots: float) -> sqlite3.Row | None:
+    """Decides the next attempt and writes the decision down; None if nothing may run.
+
+    By priority, then the team that has least of its share now, then least of it before, then
+    the order of coming. A job whose team has no quota left is passed over; for one that only
+    waits for CPUs, those behind it wait too, else large jobs would never run.
+    """
+    with queue.changed() as connection:
+        _drop_orphans(connection)
+        running = connection.execute(
+            "SELECT team, SUM(cpus) AS cpus, SUM(gpus) AS gpus FROM jobs WHERE state = ?"
+            " GROUP BY team",
+            (RUNNING,),
+        ).fetchall()
+        taken = {row["team"]: (row["cpus"], row["gpus"]) for row in running}
+        free = slots - sum(cpus for cpus, _ in taken.values())
+        if free <= 0:
+            return None
+        teams = {row["name"]: row for row in connection.execute("SELECT * FROM teams")}
+        waiting = connection.execute(
+            "SELECT id, number, team, priority, cpus, gpus, spec FROM jobs"
+            " WHERE state = ? AND not_before <= ?",
+            (WAITING, time.time()),
+        ).fetchall()
+        if not waiting:
+            return None
+        before = {
+            row["team"]: row["used"]
+            for row in connection.execute(
+                "SELECT team, SUM(cpus * seconds) AS used FROM jobs GROUP BY team"
+            )
+        }
+
+        def rank(row: sqlite3.Row) -> tuple[float, float, float, int]:
+            team = row["team"]
+            share = teams[team]["share"] if team in teams else 1.0
+            now = taken.get(team, (0.0, 0.0))[0]
+            return (-row["priority"], now / share, before[team] / share, row["number"])
+
+        for row in sorted(waiting, key=rank):
+            quota = teams.get(row["team"])
+            cpus, gpus = taken.get(row["team"], (0.0, 0.0))
+            if quota is not None and (
+                _over(cpus + row["cpus"], quota["quota_cpus"])
+                or _over(gpus + row["gpus"], quota["quota_gpus"])
+            ):
+                continue
+            if not _ready(connection, json.loads(row["spec"])["after"]):
+                continue
+            if row["cpus"] > free and taken:
+                return None
+            chosen: sqlite3.Row = connection.execute(
+                "UPDATE jobs SET state = ?, attempt = attempt + 1, accepted = 0,"
+                " dispatched = ?, began = NULL, finished = NULL, code = NULL, overdue = 0,"
+                " message = '' WHERE id = ? RETURNING id, attempt",
+                (RUNNING, time.time(), row["id"]),
+            ).fetchone()
+            return chosen
+    return None
+
+
+def _hand_over(queue: Queue, engine: Engine, id: str, attempt: int) -> None:
+    command = [sys.executable, "-I", "-S", str(ATTEMPT), str(queue.file), id, str(attempt)]
+    engine.submit(f"{id}-{attempt}", f"exec {shlex.join(command)}")
+    with queue.changed() as connection:
+        connection.execute(
+            "UPDATE jobs SET accepted = 1 WHERE id = ? AND attempt = ?", (id, attempt)
+        )
+
+
+def _end(
+    queue: Queue, row: sqlite3.Row, state: str, message: str, causes: str | None = None
+) -> None:
+    ended = row["finished"] or time.time()
+    with queue.changed() as connection:
+        connection.execute(
+            "UPDATE jobs SET state = ?, message = ?, ended = ?, seconds = seconds + ?,"
+            " causes = COALESCE(?, causes) WHERE id = ? AND attempt = ? AND state = ?",
+            (state, message, ended, _ran(row), causes, row["id"], row["attempt"], RUNNING),
+        )
+
+
+def _again(queue: Queue, row: sqlite3.Row, cause: str, why: str) -> None:
+    """Another attempt after a pause, or the end, by what the job allows for the cause."""
+    spec, causes = restored(json.loads(row["spec"])), json.loads(row["causes"])
+    causes[cause] = causes.get(cause, 0) + 1
+    allowed = spec.retries.get(cause, 0)
+    if row["stop"] or causes[cause] > allowed:
+        said = f"{why} (attempt {row['attempt']}; retries allowed for {cause!r}: {allowed})"
+        _end(queue, row, STOPPED if row["stop"] else FAILED, said, json.dumps(causes))
+        return
+    pause_s = min(spec.backoff_s * 2 ** (causes[cause] - 1), 600)
+    with queue.changed() as connection:
+        # The attempt is given up here: should it live on somewhere, it can't claim its row.
+        connection.execute(
+            "UPDATE jobs SET state = ?, not_before = ?, causes = ?, message = ?,"
+            " seconds = seconds + ? WHERE id = ? AND attempt = ? AND state = ?"
+            " AND (finished IS NOT NULL OR ? = 'lost' OR ? = 'timeout')",
+            (
+                *(WAITING, time.time() + pause_s, json.dumps(causes)),
+                f"{why}; again in {pause_s:g} s",
+                *(_ran(row), row["id"], row["attempt"], RUNNING, cause, cause),
+            ),
+        )
+
+
+def _drop_orphans(connection: sqlite3.Connection) -> None:
+    """Ends jobs that wait for one that won't succeed."""
+    waiting = connection.execute(
+        "SELECT id, spec FROM jobs WHERE state = ? AND spec NOT LIKE '%\"after\": []%'", (WAITING,)
+    ).fetchall()
+    for row in waiting:
+        for other in json.loads(row["spec"])["after"]:
+            state = connection.execute("SELECT state FROM jobs WHERE id = ?", (other,)).fetchone()[
+                0
+            ]
+            if state in (FAILED, STOPPED):
+                connection.execute(
+                    "UPDATE jobs SET state = ?, ended = ?, message = ? WHERE id = ?",
+                    (FAILED, time.time(), f"{other}, which it waits for, is {state}", row["id"]),
+                )
+
+
+def _ready(connection: sqlite3.Connection, after: Sequence[str]) -> bool:
+    marks = ", ".join("?" * len(after))
+    done = connection.execute(
+        f"SELECT COUNT(*) FROM jobs WHERE id IN ({marks}) AND state = ?", (*after, SUCCEEDED)
+    ).fetchone()[0]
+    return bool(done == len(set(after)))
+
+
+def _over(wanted: float, quota: float | None) -> bool:
+    return quota is not None and wanted > quota
+
+
+def _ran(row: sqlite3.Row) -> float:
+    return (row["finished"] or time.time()) - row["began"] if row["began"] else 0.0
+
+
+def main() -> None:
+    """The dispatcher's command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Hand queued jobs to an environment's Ray.")
+    parser.add_argument("--env", default="local", help="the environment")
+    parser.add_argument("--home", type=Path, default=environment.HOME, help="liftyard's folder")
+    parser.add_argument("--slots", type=float, required=True, help="CPUs for running jobs")
+    given = parser.parse_args()
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
+    try:
+        where = environment.load(given.env, home=given.home)
+        queue = Queue(file_of(where.name, given.home))
+        dispatch(queue, RayJobs(where), slots=given.slots, ended=ended)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

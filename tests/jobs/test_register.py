@@ -1,0 +1,105 @@
+"""The best of a sweep, alone, together and calibrated, in a real registry."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from jobs.register import RegisterError, register
+from jobs.sweep import Outcome, train_pack
+from jobs.training_set import LABEL, SPLIT, FeatureColumn, Matrices, encode
+from models.families import packs
+from models.metrics import auc
+from models.registry import Registry
+
+NAMES = ["a", "b", "c"]
+VARIANTS = [
+    {"family": "logistic", "l2": 1.0},
+    {"family": "boosting", "rounds": 30, "depth": 2, "seed": 1},
+    {"family": "forest", "trees": 20, "depth": 5, "seed": 1},
+    {"family": "boosting", "rounds": 1, "depth": 1, "seed": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def frame() -> pl.DataFrame:
+    draws = np.random.default_rng(6)
+    x = draws.standard_normal((3000, 3))
+    logit = x[:, 0] + x[:, 1] ** 2 - 1
+    y = draws.random(3000) < 1 / (1 + np.exp(-logit))
+    part = np.repeat(["train", "validate", "test"], 1000)
+    return pl.DataFrame(x, NAMES).with_columns(
+        pl.Series(LABEL, y.astype(np.int8)), pl.Series(SPLIT, part)
+    )
+
+
+@pytest.fixture(scope="module")
+def matrices(frame: pl.DataFrame) -> Matrices:
+    return encode(frame, NAMES)
+
+
+@pytest.fixture(scope="module")
+def outcomes(matrices: Matrices) -> list[Outcome]:
+    return [each for pack in packs(VARIANTS) for each in train_pack(pack, matrices.training_data)]
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    yield Registry(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_the_best_together_beat_the_best_alone_and_score_as_they_were_tested(
+    frame: pl.DataFrame,
+    matrices: Matrices,
+    outcomes: list[Outcome],
+    registry: Registry,
+    tmp_path: Path,
+) -> None:
+    said = [FeatureColumn(name=name, description=name, unit="") for name in NAMES]
+    test_rows = frame.filter(pl.col(SPLIT) == "test")
+    found = []
+    for together, calibrate in ((0, False), (3, False), (3, True)):
+        done = register(
+            "target", outcomes, frame, matrices, said, registry,
+            baseline_features=["a"], data_version="training/target@0", seed=1,
+            git_revision="0a1b2c3", evaluation=tmp_path / "evaluation.json",
+            together=together, calibrate=calibrate,
+        )  # fmt: skip
+        card, scorer = registry.load("target", done.model_version)
+        assert auc(matrices.y["test"], scorer.score(test_rows)) == done.test["auc"]
+        assert (card.family, card.variant) == (done.family, done.variant)
+        found.append(done)
+    alone, together_, calibrated = found
+    assert alone.family == "boosting" and alone.variant == VARIANTS[1]
+    assert together_.family == "ensemble"
+    assert together_.valid_auc > alone.valid_auc
+    members = together_.variant["members"]
+    assert sum(member["weight"] for member in members) == pytest.approx(1)
+    assert all({k: v for k, v in m.items() if k != "weight"} in VARIANTS[:3] for m in members)
+    assert calibrated.test["log_loss"] < together_.test["log_loss"] + 0.01
+    assert calibrated.variant.get("calibration") in (None, "platt", "isotonic")
+
+
+def test_what_was_stopped_early_is_not_registered(
+    frame: pl.DataFrame,
+    matrices: Matrices,
+    outcomes: list[Outcome],
+    registry: Registry,
+    tmp_path: Path,
+) -> None:
+    said = [FeatureColumn(name=name, description=name, unit="") for name in NAMES]
+    stopped = [replace(each, pruned_at=5) for each in outcomes]
+    settings = {
+        "baseline_features": (), "data_version": "training/target@0", "seed": 1,
+        "git_revision": "0a1b2c3", "evaluation": tmp_path / "evaluation.json",
+    }  # fmt: skip
+    best = next(at for at, each in enumerate(outcomes) if each.variant == VARIANTS[0])
+    stopped[best] = outcomes[best]
+    done = register("target", stopped, frame, matrices, said, registry, together=5, **settings)  # type: ignore[arg-type]
+    assert (done.family, done.pruned) == ("logistic", 3)
+    failed = [replace(each, valid_auc=None, error="ValueError: no") for each in outcomes]
+    with pytest.raises(RegisterError, match="all 4 variants failed"):
+        register("target", failed, frame, matrices, said, registry, **settings)  # type: ignore[arg-type]
