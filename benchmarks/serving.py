@@ -8,10 +8,11 @@ are kept open. Ours and the empty deployment stand on one Ray cluster and take t
 else the machine does meets both. Every answer of ours is compared with the model's own number to
 the bit; an answer that isn't 200 counts as an error, and errors are told.
 
-The empty deployment answers a constant to each request, with the body unread. "as it starts" is the
-same code as ours with neither of the two variables of serving/haproxy.py. BentoML and LitServe need
-environments of their own: LIFTYARD_PEER_ENVIRONMENTS names a folder with `bentoml/` and `litserve/`,
-virtual environments that hold them and xgboost; else they are skipped, with the reason in the JSON.
+The empty deployment answers a constant to each request, with the body unread. "default" is the same
+code as ours with neither of the two variables of serving/haproxy.py. BentoML and LitServe need
+environments of their own: LIFTYARD_PEER_ENVIRONMENTS names a folder with `bentoml/` and
+`litserve/`, virtual environments that hold them and xgboost; else they are skipped, with the reason
+in the JSON.
 """
 
 import argparse
@@ -187,11 +188,12 @@ def loader() -> Iterator[Any]:
         process.join(10)
 
 
-def request(path: str, body: bytes, kind: str) -> bytes:
+def request(path: str, body: bytes, kind: str, key: str | None = None) -> bytes:
     """An HTTP request, whole."""
+    shown = "" if key is None else f"Authorization: Bearer {key}\r\n"
     return (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {CONTENT[kind]}\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
+        f"{shown}Content-Length: {len(body)}\r\n\r\n"
     ).encode() + body
 
 
@@ -249,15 +251,20 @@ def register(uri: str) -> Any:
 # --- the servers: each is this module, run with --server
 
 
-def _serve_ours(uri: str, port: int, variables: bool) -> None:
+def _serve_ours(uri: str, port: int, kind: str) -> None:
     """Ours, with the empty deployment beside it at /noop."""
     from cluster import session
     from serving import app
+    from serving.access import AccessFiles
 
-    if not variables:
+    access = None
+    if kind == "guarded":
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+        access = AccessFiles(keys=str(folder / "keys.json"), audit=str(folder / "audit.jsonl"))
+    if kind == "default":
         os.environ |= {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
     with session.connect(cpus=2):
-        app.serve(uri, port=port, refresh_s=10)
+        app.serve(uri, port=port, refresh_s=10, access=access)
         from ray import serve as engine
 
         @engine.deployment(max_ongoing_requests=128, logging_config={"enable_access_log": False})
@@ -314,6 +321,8 @@ def server(command: Sequence[str], port: int, folder: Path, *, says: bool = Fals
         stdout=subprocess.PIPE if says else log,
         stderr=log,
         start_new_session=True,
+        # MLflow starts uvicorn by its name.
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         cwd=Path(__file__).parents[1],
     )
     try:
@@ -463,6 +472,9 @@ def run(seconds: float, rounds: int, peers: bool) -> dict[str, Any]:
                 for plan, (asked, wanted, clients) in plans.items():
                     turns.setdefault(plan, []).append(load(port, asked, wanted, clients, seconds))
                 turns.setdefault("in_process", []).append(in_process(scorer, parts, seconds / 2))
+        found["guarded"] = _guarded(
+            load, uri, folder, seconds, rounds, path, bodies, expected, noops
+        )
         found |= {plan: _told(loads) for plan, loads in turns.items() if plan != "in_process"}
         found["in_process_rows_per_s"] = round(statistics.median(turns["in_process"]))
         for plan, told in found.items():
@@ -470,6 +482,36 @@ def run(seconds: float, rounds: int, peers: bool) -> dict[str, Any]:
         if peers:
             found |= _peers(load, uri, scorer, frame, folder, seconds, singles, expected)
     return found
+
+
+def _guarded(
+    load: Any,
+    uri: str,
+    folder: Path,
+    seconds: float,
+    rounds: int,
+    path: str,
+    bodies: Sequence[bytes],
+    expected: Sequence[bytes],
+    noops: Sequence[bytes],
+) -> dict[str, Any]:
+    """Ours with a key, a role and an audit log, beside an empty deployment with none."""
+    from serving.access import add_key
+    from serving.audit import verify
+
+    key = add_key(folder / "keys.json", "bench", "service")
+    asked = [request(path, body, "json", key) for body in bodies]
+    port = free_port()
+    turns: tuple[list[Load], list[Load]] = ([], [])
+    with server(own("guarded", uri, port), port, folder, says=True):
+        for _ in range(rounds):
+            turns[0].append(load(port, asked, expected, CLIENTS, seconds))
+            turns[1].append(load(port, noops, None, CLIENTS, seconds))
+    lines = verify(folder / "audit.jsonl").lines
+    told = {"ours": _told(turns[0]), "noop": _told(turns[1]), "audit_lines": lines}
+    if lines < told["ours"]["answers"]:
+        raise RuntimeError(f"{told['ours']['answers']} answers, but {lines} lines in the audit log")
+    return told
 
 
 def _peers(
@@ -548,6 +590,12 @@ def _stream(frame: pl.DataFrame) -> bytes:
     return written
 
 
+def _ratio(ours: dict[str, Any], noop: dict[str, Any]) -> float:
+    # By round, since the two took turns.
+    ratios = [a / b for a, b in zip(ours["per_s_rounds"], noop["per_s_rounds"], strict=True)]
+    return round(statistics.median(ratios), 3)
+
+
 def keys(found: dict[str, Any]) -> dict[str, Any]:
     """The figures that the bars are about; null where a peer didn't run."""
     ours, noop = found[f"ours_{CLIENTS}"], found[f"noop_{CLIENTS}"]
@@ -559,16 +607,15 @@ def keys(found: dict[str, Any]) -> dict[str, Any]:
             return None
         return round(ours["per_s"] / float(peer[str(CLIENTS)]["per_s"]), 2)
 
-    # By round, since the two took turns.
-    ratios = [a / b for a, b in zip(ours["per_s_rounds"], noop["per_s_rounds"], strict=True)]
     return {
         "rows_per_s": ours["per_s"],
         "p50_ms": ours["p50_ms"],
         "p99_ms": ours["p99_ms"],
-        "ratio_noop_throughput": round(statistics.median(ratios), 3),
+        "ratio_noop_throughput": _ratio(ours, noop),
         "p50_over_noop_ms": round(found["ours_1"]["p50_ms"] - found["noop_1"]["p50_ms"], 2),
         "p50_over_noop_64_ms": round(ours["p50_ms"] - noop["p50_ms"], 2),
         **{f"ratio_{name}": times(name) for name in ("mlflow", "bentoml", "litserve", "fastapi")},
+        "ratio_noop_throughput_guarded": _ratio(found["guarded"]["ours"], found["guarded"]["noop"]),
         "ratio_serve_default": times("default"),
         "arrow_rows_per_s": round(best),
         "ratio_arrow_rows": round(best / ours["per_s"], 1),
@@ -590,7 +637,7 @@ def main() -> None:
         if kind == "fastapi":
             _serve_fastapi(uri, int(port))
         else:
-            _serve_ours(uri, int(port), kind == "ours")
+            _serve_ours(uri, int(port), kind)
         return
     found = run(given.seconds, given.rounds, not given.no_peers)
     result = {

@@ -36,6 +36,11 @@ LONGEST_PAUSE_S = 30.0
 SETTLED_S = 60.0
 # The cloud gives two minutes' notice; what can't move by then is run again by Ray.
 DRAIN_S = 110
+# By Ray's own settings a call into a host whose link was cut waits for minutes. Jobs inherit these.
+SETTINGS = {
+    "RAY_grpc_client_keepalive_time_ms": "10000",
+    "RAY_grpc_client_keepalive_timeout_ms": "10000",
+}
 DRAINED = "it has left Ray after a notice"
 
 
@@ -62,6 +67,7 @@ class Node:
         cpus: CPUs to give out; None lets Ray count.
         gpus: GPUs to give out; None lets Ray count.
         metadata: The cloud's metadata service, which has notices; None where there is none.
+        drain_s: Seconds from a notice to the end of Ray here, idle or not.
     """
 
     role: Role
@@ -78,6 +84,7 @@ class Node:
     cpus: int | None
     gpus: int | None
     metadata: str | None
+    drain_s: int
 
     @property
     def head(self) -> str:
@@ -152,6 +159,7 @@ def read(role: Role, variables: Mapping[str, str]) -> Node:
         cpus=number("LIFTYARD_CPUS", None),
         gpus=number("LIFTYARD_GPUS", None),
         metadata=variables.get("LIFTYARD_METADATA_URL") or cloud,
+        drain_s=number("LIFTYARD_DRAIN_S", DRAIN_S) or 0,
     )
 
 
@@ -281,9 +289,11 @@ def _join(node: Node, ended: threading.Event) -> str:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            env={**SETTINGS, **os.environ},
         )
         lease: subprocess.Popen[bytes] | None = None
-        ready, draining, look_at, lease_at = False, False, 0.0, 0.0
+        ready, look_at, lease_at = False, 0.0, 0.0
+        leave_at: float | None = None
         try:
             while ray.poll() is None:
                 if ended.wait(0.2):
@@ -299,16 +309,19 @@ def _join(node: Node, ended: threading.Event) -> str:
                     # One that ended was refused for want of CPUs, or has lost its scheduler.
                     lease = _hold_lease(node)
                     lease_at = time.monotonic() + 5
-                if not draining and time.monotonic() > look_at:
+                if leave_at is not None:
+                    if time.monotonic() > leave_at:
+                        return DRAINED
+                elif time.monotonic() > look_at:
                     look_at = time.monotonic() + 5
                     if (why := notice(node)) is not None:
-                        draining = True
+                        leave_at = time.monotonic() + node.drain_s
                         report(node, "draining", why)
                         drain(node, why)
+            if leave_at is not None:
+                return DRAINED
             output.seek(0)
             said = output.read().decode(errors="replace").strip().splitlines()[-15:]
-            if draining:
-                return DRAINED
             return f"Ray ended with {ray.returncode}: " + "\n  ".join(["", *said])
         finally:
             for process in (lease, ray):
@@ -316,13 +329,12 @@ def _join(node: Node, ended: threading.Event) -> str:
                     _end(process)
 
 
-def drain(node: Node, why: str, *, within_s: int = DRAIN_S) -> None:
+def drain(node: Node, why: str) -> None:
     """Tells Ray that this node goes: nothing new starts on it, and it leaves when it is idle.
 
     Args:
         node: The node.
         why: For the log.
-        within_s: Seconds after which what still runs there is lost, and run again elsewhere.
     """
     from ray import _raylet
     from ray.core.generated import autoscaler_pb2
@@ -337,7 +349,7 @@ def drain(node: Node, why: str, *, within_s: int = DRAIN_S) -> None:
                 id.hex(),
                 messages.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
                 why,
-                int((time.time() + within_s) * 1000),
+                int((time.time() + node.drain_s) * 1000),
             )
 
 
@@ -396,6 +408,7 @@ def _hold_lease(node: Node) -> subprocess.Popen[bytes]:
             f"--port={node.dask_port}",
         ],
         stdin=subprocess.DEVNULL,
+        env={**SETTINGS, **os.environ},
     )
 
 

@@ -161,7 +161,8 @@ def status(environment: Environment) -> Status:
 
     living: Any = [("state", "=", "ALIVE")]
     try:
-        nodes: list[Any] = list_nodes(address=url, filters=living, limit=10_000, detail=True)
+        # All of them: Ray takes a filter that leaves out a dead node for an answer cut short.
+        nodes: list[Any] = list_nodes(address=url, limit=10_000, detail=True)
         actors = list_actors(address=url, filters=living, limit=10_000)
         jobs = JobSubmissionClient(url).list_jobs()
     except (RayStateApiException, OSError, RuntimeError) as error:
@@ -178,6 +179,7 @@ def status(environment: Environment) -> Status:
                 memory_bytes=int(node.resources_total.get("memory", 0)),
             )
             for node in nodes
+            if node.state == "ALIVE"
         ),
         actors=len(actors),
         dask_workers=_count_dask_workers(environment),

@@ -90,7 +90,9 @@ def _run(command: list[str], folder: str, variables: dict[str, str], lock: int) 
         return 127
     if told:
         child.send_signal(told[-1])
-    return child.wait()
+    code = child.wait()
+    # Told to end from outside, whatever status the command makes of that.
+    return -told[-1] if told and code else code
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def dispatch(
     *,
     slots: float,
     ended: threading.Event,
-    interval_s: float = 0.05,
+    interval_s: float = 0.02,
     look_s: float = 2.0,
 ) -> None:
     """Hands jobs over until told to end; waits first for another dispatcher to end.

@@ -184,7 +184,13 @@ def with_lookups(
     """Rows with the columns that each takes from the one row of another table with its key."""
     for lookup in lookups:
         other = storage.scan(root, lookup.table, versions[lookup.table])
-        rows = rows.join(other.select(lookup.key, *lookup.columns), on=lookup.key, how="left")
+        rows = rows.join(
+            other.select(lookup.key, *lookup.columns),
+            on=lookup.key,
+            how="left",
+            # Events of the same time count in the order they come in.
+            maintain_order="left",
+        )
     return rows
 
 

@@ -202,9 +202,9 @@ def _train(board: Board, data: Any, on: Pool, train: Train, end: float) -> Itera
     # In a list, so that Ray hands over the reference: an actor reads the data once.
     shared = [ray.put(data)]
     running: dict[Any, tuple[Any, Pack]] = {}
-    idle = list(on.actors)
-    pinned: dict[Any, deque[Pack]] = {actor: deque() for actor in idle}
-    dropped: dict[Any, list[int]] = {actor: [] for actor in idle}
+    has = dict.fromkeys(on.actors, 0)
+    pinned: dict[Any, deque[Pack]] = {actor: deque() for actor in has}
+    dropped: dict[Any, list[int]] = {actor: [] for actor in has}
 
     def start() -> None:
         for each in board.going_on():
@@ -214,19 +214,27 @@ def _train(board: Board, data: Any, on: Pool, train: Train, end: float) -> Itera
             if each.bracket is not None:
                 dropped[each.actor].append(each.number)
         board.ended.clear()
-        for actor in list(idle):
-            pack = pinned[actor].popleft() if pinned[actor] else board.next(on.at_home[actor])
-            if pack is None:
-                continue
-            on.at_home[actor].add(str(pack.variants[0]["family"]))
-            idle.remove(actor)
-            pack.actor = actor
-            until = pack.rungs[0] if pack.rungs else None
-            task = actor.train.remote(
-                train, pack.variants, shared, pack.number, until, board.rungs, dropped[actor]
-            )
-            dropped[actor] = []
-            running[task] = (actor, pack)
+        for actor in has:
+            if not has[actor]:
+                give(actor)
+        for actor in has:
+            # A second waits at the actor while there are many, so that it needn't wait for us.
+            if has[actor] == 1 and (pinned[actor] or board.waiting > 4 * len(has)):
+                give(actor)
+
+    def give(actor: Any) -> None:
+        pack = pinned[actor].popleft() if pinned[actor] else board.next(on.at_home[actor])
+        if pack is None:
+            return
+        on.at_home[actor].add(str(pack.variants[0]["family"]))
+        has[actor] += 1
+        pack.actor = actor
+        until = pack.rungs[0] if pack.rungs else None
+        task = actor.train.remote(
+            train, pack.variants, shared, pack.number, until, board.rungs, dropped[actor]
+        )
+        dropped[actor] = []
+        running[task] = (actor, pack)
 
     while board.open:
         # First what is known to come next; what the source takes time to think of, meanwhile.
@@ -250,7 +258,7 @@ def _train(board: Board, data: Any, on: Pool, train: Train, end: float) -> Itera
             outcomes = ray.get(ready)
         except ray.exceptions.RayActorError as error:
             raise SweepError(f"a worker died three times on {dict(pack.variants[0])}") from error
-        idle.append(actor)
+        has[actor] -= 1
         board.add(pack, outcomes)
         if not board.open:
             board.ask()

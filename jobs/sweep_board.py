@@ -92,6 +92,8 @@ class Pack:
     """Variants that share work, and where they stand."""
 
     number: int
+    asked: list[Variant]
+    # Those to train: a journal may hold the others.
     variants: list[Variant]
     # Rounds to stop and be compared at; those still to come.
     rungs: deque[int] = field(default_factory=deque)
@@ -142,7 +144,13 @@ class Board:
 
     def outcomes(self) -> list[Outcome]:
         """Those there are, in the order of asking."""
-        return [outcome for pack in self.packs for outcome in pack.outcomes or ()]
+        ended = [pack for pack in self.packs if pack.outcomes is not None]
+        return [self._done[key(variant)] for pack in ended for variant in pack.asked]
+
+    @property
+    def waiting(self) -> int:
+        """How many packs no actor has yet."""
+        return sum(map(len, self._ready.values()))
 
     def next(self, at_home: Set[str]) -> Pack | None:
         """A pack to start.
@@ -190,7 +198,7 @@ class Board:
                 self._source.tell(first.outcomes)
             asked = self._source.ask()
             if asked is not None:
-                self._take(Pack(number=len(self.packs), variants=asked))
+                self._take(Pack(number=len(self.packs), asked=asked, variants=asked))
                 continue
             self._exhausted = True
             if self._brackets:

@@ -136,7 +136,7 @@ def fit_pack(
                 variant=dict(variants[place]),
                 valid_scores=scores[trees],
                 seconds=each_s,
-                predict=partial(_predict, forests[trees], bins),
+                predict=partial(_predict_binned, forests[trees], bins),
             )
     return [fitted[place] for place in range(len(settings))]
 
@@ -189,5 +189,10 @@ def _probability(forest: Any, x: np.ndarray) -> np.ndarray:
     return np.asarray(forest.predict_proba(x), dtype=np.float64)[:, 1]
 
 
-def _predict(forest: Any, bins: Bins, x: np.ndarray) -> np.ndarray:
+def _predict_binned(forest: Any, bins: Bins, x: np.ndarray) -> np.ndarray:
     return _probability(forest, bins.codes(x))
+
+
+def _predict(forest: Any, medians_p: np.ndarray, x: np.ndarray) -> np.ndarray:
+    # Forests that were registered before features were binned are pickled with it.
+    return _probability(forest, np.where(np.isnan(x), medians_p, x))

@@ -295,3 +295,7 @@ def predict_layers(
     # tanh, because exp overflows (with a warning) on a far negative logit.
     scores: np.ndarray = 0.5 * (1 + np.tanh(0.5 * h[:, 0].astype(np.float64)))
     return scores
+
+
+# The name by which models that are registered already were pickled.
+_predict = predict_layers

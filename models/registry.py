@@ -70,7 +70,7 @@ class Card:
         name: The model's name, which is its target's.
         version: From 1 upwards.
         aliases: "champion", "challenger", or neither.
-        family: "boosting", "forest" or "network".
+        family: One of `models.families.FAMILIES`, or "ensemble".
         variant: The settings it was trained with.
         features: One a column: "name", "kind" (number, string, boolean), "description", "unit".
         metrics: On the test rows, such as auc and log_loss.

@@ -2,6 +2,8 @@
 
     POST /v1/models/{name}/score    {"rows": [{field: value, ...}, ...]} -> model, version, scores
     GET  /v1/models                 the cards of what is served
+    POST /v1/models/{name}/explain  what each feature adds to a row's score, and reasons in words
+    GET  /metrics                   for Prometheus
     GET  /healthz                   200 when every model is loaded and has passed its smoke test
     GET  /docs                      the OpenAPI page
 
@@ -19,6 +21,8 @@ from typing import Any
 
 from models.registry import Registry
 from serving import haproxy
+from serving.access import AccessFiles
+from serving.gate import Gate
 from serving.replica import Server, champions
 from serving.settings import Limits, ServingError, Settings
 
@@ -39,6 +43,7 @@ def serve(
     cpus: float = 1.0,
     refresh_s: float = 2.0,
     timeout_s: float = 60.0,
+    access: AccessFiles | None = None,
 ) -> str:
     """Serves the champions on the connected Ray cluster, until `stop` or the cluster's end.
 
@@ -54,11 +59,15 @@ def serve(
         cpus: CPUs that the replica takes of the cluster; scoring is one thread a model.
         refresh_s: Seconds between two looks for new champions.
         timeout_s: Seconds to be ready in.
+        access: Keys, policy and audit log, on files that the replica reaches; None lets everyone in
+            who reaches the address.
 
     Returns:
         The base URL, when every model answers.
 
     Raises:
+        AccessError: The keys or the policy can't be used.
+        AuditError: The audit log goes on from no whole line.
         ServingError: Ray isn't connected, Serve already runs there with other settings, the port
             is taken, a model has no champion or fails its smoke test, or it isn't ready in time.
             Then nothing is started.
@@ -80,7 +89,10 @@ def serve(
         models=None if models is None else tuple(models),
         limits=limits or Limits(),
         refresh_s=refresh_s,
+        access=None if access is None else access.absolute(),
     )
+    # What can't be opened is told here, by its own error.
+    Gate(settings)
     if _controller() is not None:
         _require_same(url, settings)
         names = _require_champions(registry, models)

@@ -9,6 +9,8 @@ import numpy as np
 class Batcher:
     """The queue in front of a model; a request alone waits for nobody.
 
+    `calls` and `rows` count what was asked of the model.
+
     Args:
         predict: (n, p) float32 to (n,) float64, a row's number the same alone as among others.
         max_rows: Rows of a call, a single larger request aside.
@@ -32,6 +34,13 @@ class Batcher:
         self._waiting: list[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = []
         self._work: asyncio.Task[None] | None = None
         self._company = False
+        self.calls = 0
+        self.rows = 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their call."""
+        return len(self._waiting)
 
     async def score(self, x: np.ndarray) -> np.ndarray:
         """The scores of one request's rows.
@@ -60,6 +69,8 @@ class Batcher:
                 taken += 1
             batch, self._waiting = self._waiting[:taken], self._waiting[taken:]
             self._company = taken > 1
+            self.calls += 1
+            self.rows += rows
             x = batch[0][0] if taken == 1 else np.concatenate([x for x, _ in batch])
             try:
                 if rows <= self._inline_rows:

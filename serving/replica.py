@@ -15,6 +15,7 @@ import numpy as np
 from models.registry import Card, Registry
 from models.scoring import Scorer
 from serving.batching import Batcher
+from serving.gate import Gate
 from serving.schema import RowReader, smoke_rows
 from serving.settings import Settings
 
@@ -161,12 +162,18 @@ class Server:
 
     def __init__(self, settings: Settings) -> None:
         self.models = Models(settings)
-        self._watch = asyncio.get_running_loop().create_task(self.models.keep_fresh())
+        self.gate = Gate(settings)
+        loop = asyncio.get_running_loop()
+        every = settings.refresh_s
+        self._watch = [
+            loop.create_task(self.models.keep_fresh()),
+            loop.create_task(self.gate.keep_fresh(every)),
+        ]
 
     def __serve_build_asgi_app__(self) -> Any:
         from serving.routes import application
 
-        return application(self.models)
+        return application(self.models, self.gate)
 
 
 def champions(registry: Registry) -> set[str]:

@@ -42,8 +42,8 @@ def ready(
     Args:
         events: one row an event.
         spec: the declaration.
-        in_batches: reads the events twice, a batch at a time, instead of once and all: half the
-            memory, and slower.
+        in_batches: reads the events a batch at a time, once for each thing to know of them,
+            instead of once and all: half the memory, and slower.
 
     Raises:
         FeatureError: missing columns, null entities or times, measures beyond 1e100.

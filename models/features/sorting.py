@@ -380,7 +380,8 @@ def _link(values, previous):  # type: ignore[no-untyped-def]
                 k -= 1
             previous[i] = k if values[i] >= 0 else -2
         return
-    by = np.argsort(values, kind="mergesort")
+    # As wide as times, so that one sort is compiled.
+    by = np.argsort(values.astype(np.int64), kind="mergesort")
     for i in range(n):
         k = by[i]
         again = i > 0 and values[by[i - 1]] == values[k]

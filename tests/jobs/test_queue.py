@@ -1,6 +1,7 @@
 """The queue on real processes; with Ray in `test_queue_on_ray.py`."""
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from jobs.dispatch import dispatch, dispatching, step
-from jobs.queue import Queue, QueueError, Spec
+from jobs.queue import Queue, QueueError, Spec, file_of
 from jobs.schedule import ScheduleError, next_after, parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -400,3 +401,20 @@ def test_the_command_dies_with_its_attempt(queue: Queue, engine: Processes, tmp_
     assert queue.find(job).causes == {"lost": 1}
     while Path(f"/proc/{int(pid.read_text())}").exists():
         time.sleep(0.01)
+
+
+def test_the_example(engine: Processes, tmp_path: Path) -> None:
+    for _ in range(2):
+        said = subprocess.run(
+            [sys.executable, ROOT / "examples" / "queue_report.py", "--home", tmp_path],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    queue = Queue(file_of("local", tmp_path))
+    assert [job.id for job in queue.jobs()] == said.split()
+    _drive(queue, engine)
+    log = tmp_path / f"{said.split()[1]}-1.log"
+    assert log.read_text(encoding="utf-8") == "customers: 42\n"

@@ -252,6 +252,11 @@ def test_clusterings_go_through_the_same_actors_and_journal(
     expected = clustering.fit_pack(variants[:4], rows)
     assert [each.metrics for each in found[:4]] == [each.metrics for each in expected]
     assert sweep.outcomes(journal, sweep.Listed(packs)) == found
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:3]))
+    again = sweep.run(sweep.Listed(packs), rows, journal=journal, on=pair, train=sweep.cluster_pack)
+    assert [(each.variant, each.metrics) for each in again] == [
+        (each.variant, each.metrics) for each in found
+    ]
 
 
 def test_a_sweep_out_of_time_ends_with_what_it_has(

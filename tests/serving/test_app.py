@@ -224,6 +224,30 @@ def test_arrow_gives_the_same_numbers(ground: Ground, family: str) -> None:
         assert table["score"].to_pylist() == scorer.score(frame).tolist()
 
 
+@pytest.mark.parametrize("family", ["boosting", "forest", "network"])
+def test_explanations_sum_to_the_scores_and_give_reasons(ground: Ground, family: str) -> None:
+    card, scorer = ground.registry.load(family)
+    rows = ROWS[:5].to_dicts()
+    answer = httpx.post(f"{ground.url}/v1/models/{family}/explain", json={"rows": rows}, timeout=30)
+    assert answer.status_code == 200
+    body = answer.json()
+    assert (body["model"], body["version"]) == (family, card.version)
+    told = body["explanations"]
+    assert [each["score"] for each in told] == scorer.score(ROWS[:5]).tolist()
+    for row, each in zip(rows, told, strict=True):
+        total = each["base"] + sum(each["contributions"].values())
+        if body["scale"] == "log-odds":
+            total = 1 / (1 + np.exp(-total))
+        assert total == pytest.approx(each["score"], abs=2e-6)
+        largest = max(each["contributions"].items(), key=lambda item: abs(item[1]))
+        reason = each["reasons"][0]
+        assert (reason["feature"], reason["contribution"]) == largest
+        assert reason["value"] == row[reason["feature"]]
+        assert reason["text"].endswith("the score")
+    answer = httpx.post(f"{ground.url}/v1/models/{family}/explain", json={"rows": rows * 21})
+    assert (answer.status_code, "at most 100" in answer.text) == (422, True)
+
+
 def test_arrow_that_does_not_fit_is_told(ground: Ground) -> None:
     spent = ROWS.with_columns(spend=pl.Series([1.0, 4e38] * 100))
     for body, status, field, reason in (

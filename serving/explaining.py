@@ -1,0 +1,43 @@
+"""Why rows have their scores: the body of an answer to /explain. Knows nothing of HTTP."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from models import explain
+from serving.replica import Served
+
+
+def explanations(
+    served: Served, rows: Sequence[Mapping[str, Any]], x_np: np.ndarray
+) -> dict[str, Any]:
+    """Scores, contributions and the main reasons in words.
+
+    Args:
+        served: The model.
+        rows: n rows as they were sent, already checked.
+        x_np: (n, p) float32, the same rows as the model takes them.
+
+    Raises:
+        ExplainError: The model is of a kind that has no explanation.
+    """
+    found = explain.explain(served.scorer.predict, x_np)
+    scores_n = served.scorer.predict(x_np)
+    names = served.scorer.encoder.feature_names
+    described = {feature["name"]: feature for feature in served.card.features}
+    features = [described[name] for name in names]
+    return {
+        "model": served.card.name,
+        "version": served.card.version,
+        "scale": found.scale,
+        "explanations": [
+            {
+                "score": float(scores_n[at]),
+                "base": float(found.base_n[at]),
+                "contributions": dict(zip(names, found.contributions_np[at].tolist(), strict=True)),
+                "reasons": explain.reasons(found.contributions_np[at], row, features),
+            }
+            for at, row in enumerate(rows)
+        ],
+    }

@@ -1,0 +1,83 @@
+"""What Prometheus reads: requests by action, model and status, their times, and models' calls."""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from serving.batching import Batcher
+
+# Upper bounds in seconds.
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+MEDIA_TYPE = "text/plain; version=1.0.0; charset=utf-8"
+
+
+class Metrics:
+    """Counts in plain dictionaries, which a request waits less for than for a library's locks."""
+
+    def __init__(self) -> None:
+        self._answers: Counter[tuple[str, str, int]] = Counter()
+        self._times: dict[tuple[str, str], list[int]] = {}
+        self._seconds: Counter[tuple[str, str]] = Counter()
+
+    def seen(self, action: str, model: str, status: int, seconds: float) -> None:
+        """Counts an answered request; `model` is a served one's name, or empty."""
+        self._answers[action, model, status] += 1
+        times = self._times.setdefault((action, model), [0] * (len(BUCKETS) + 1))
+        times[bisect_left(BUCKETS, seconds)] += 1
+        self._seconds[action, model] += seconds  # type: ignore[assignment]
+
+    def text(self, served: Mapping[str, tuple[int, Batcher]]) -> bytes:
+        """The exposition; `served` has each model's version and queue."""
+        from prometheus_client import CollectorRegistry, generate_latest
+
+        registry = CollectorRegistry()
+        registry.register(_Families(self._families(served)))
+        return generate_latest(registry)
+
+    def _families(self, served: Mapping[str, tuple[int, Batcher]]) -> Iterable[Any]:
+        from prometheus_client.core import (
+            CounterMetricFamily,
+            GaugeMetricFamily,
+            HistogramMetricFamily,
+        )
+
+        answers = CounterMetricFamily(
+            "liftyard_requests", "Answered requests", labels=("action", "model", "status")
+        )
+        for (action, model, status), count in self._answers.items():
+            answers.add_metric((action, model, str(status)), count)
+        times = HistogramMetricFamily(
+            "liftyard_request_seconds", "Seconds to an answer", labels=("action", "model")
+        )
+        for (action, model), counts in self._times.items():
+            total, buckets = 0, []
+            for bound, count in zip((*map(str, BUCKETS), "+Inf"), counts, strict=True):
+                total += count
+                buckets.append((bound, total))
+            times.add_metric((action, model), buckets, self._seconds[action, model])
+        versions = GaugeMetricFamily("liftyard_model_version", "Version served", labels=("model",))
+        waiting = GaugeMetricFamily("liftyard_model_waiting", "Requests queued", labels=("model",))
+        calls = CounterMetricFamily(
+            "liftyard_model_calls", "Batches scored since the version was loaded", labels=("model",)
+        )
+        rows = CounterMetricFamily(
+            "liftyard_model_rows", "Rows scored since the version was loaded", labels=("model",)
+        )
+        for model, (version, batcher) in served.items():
+            versions.add_metric((model,), version)
+            waiting.add_metric((model,), batcher.waiting)
+            calls.add_metric((model,), batcher.calls)
+            rows.add_metric((model,), batcher.rows)
+        return answers, times, versions, waiting, calls, rows
+
+
+class _Families:
+    """What `prometheus_client` calls a collector."""
+
+    def __init__(self, families: Iterable[Any]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Any]:
+        return self._families

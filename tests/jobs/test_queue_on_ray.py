@@ -1,0 +1,87 @@
+"""The queue before a real Ray cluster, with its dispatcher and its head killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import environment, local, supervisor
+from jobs import submission
+from jobs.queue import Queue, Spec, file_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    home = tmp_path / "home"
+    local.up(home, cpus=2)
+    yield home
+    local.down(home)
+
+
+def _dispatcher(home: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "jobs.dispatch", f"--home={home}", "--slots=2"]
+    return subprocess.Popen(command, cwd=ROOT)
+
+
+def _until(found: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 90
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(240)
+def test_jobs_arrive_once_though_queue_and_head_die(home: Path, tmp_path: Path) -> None:
+    queue = Queue(file_of("local", home))
+    ran = tmp_path / "ran"
+
+    def submit(name: str, seconds: float = 0) -> str:
+        line = (
+            f"echo {name} began >> {ran}; sleep {seconds}; echo {name} >> {ran}; echo done {name}"
+        )
+        return queue.submit(
+            Spec(command=("sh", "-c", line), folder=str(tmp_path), backoff_s=0, retries={"lost": 2})
+        )
+
+    def lines() -> list[str]:
+        return ran.read_text(encoding="utf-8").splitlines() if ran.exists() else []
+
+    ids = [submit(f"j{n}", 1) for n in range(3)]
+    with _dispatcher(home) as first:
+        _until(lines)
+        first.kill()
+    with _dispatcher(home) as second:
+        _until(lambda: all(queue.find(id).state == "SUCCEEDED" for id in ids))
+        assert sorted(line for line in lines() if "began" not in line) == ["j0", "j1", "j2"]
+        assert [queue.find(id).attempt for id in ids] == [1, 1, 1]
+
+        # What an attempt wrote is found by its submission.
+        where = environment.load("local", home=home)
+        text = "".join(submission.logs(where, queue.find(ids[0]).submission))
+        assert "done j0" in text
+
+        # A head that dies takes its running job with it; the next head gets the job again.
+        job = submit("long", 3)
+        _until(lambda: "long began" in lines())
+        head = supervisor.read(environment.services_of(home), "ray-head")
+        assert head is not None
+        os.kill(head.pid, signal.SIGKILL)
+        second.kill()
+    local.up(home, cpus=2)
+    with _dispatcher(home) as third:
+        _until(lambda: queue.find(job).state == "SUCCEEDED")
+        third.terminate()
+        assert third.wait(20) == 0
+    assert queue.find(job).causes.get("lost", 0) <= 1
+    assert lines().count("long") == 1
