@@ -94,7 +94,8 @@ def parse(body: bytes, *, max_rows: int) -> list[Any]:
         RequestError: With status 400 the body isn't JSON; with 422 it isn't of this form.
     """
     try:
-        request = json.loads(body)
+        # Decoded first, since json would look for other encodings than the one that JSON has.
+        request = json.loads(body.decode())
     except (ValueError, RecursionError) as error:
         reason = f'the body is not JSON: {error}; send {{"rows": [{{"field": value, ...}}, ...]}}'
         raise RequestError([Problem(reason=reason)], status=400) from error
