@@ -351,6 +351,13 @@ class Pipeline(_Model):
             where = f"features.{name}"
             there = self.columns(where, features.table, features.lookups)
             self._require(where, [features.entity, features.time], there)
+            for feature in describe(features):
+                if feature.table is None:
+                    self._require(where, list(feature.columns), there)
+                else:
+                    other = self.columns(where, feature.table)
+                    wanted = [features.entity, *feature.columns]
+                    self._require(where, wanted, other, f" of {feature.table!r}")
             if self.tables[features.table].entity != features.entity:
                 raise ValueError(
                     f"features.{name} has entity {features.entity!r}, and table "

@@ -178,6 +178,19 @@ def scan_events(declared: Features, root: str | Path, versions: dict[str, int]) 
     return with_lookups(events, declared.lookups, root, versions)
 
 
+def scan_tables(
+    declared: Features, root: str | Path, versions: dict[str, int], entities: pl.DataFrame
+) -> dict[str, pl.LazyFrame]:
+    """The rows of attributes and streams, by table, of some entities (one column) only."""
+    # Their partitions may be others than the events': entities are looked up.
+    return {
+        name: storage.scan(root, name, versions[name]).join(
+            entities.lazy(), on=declared.entity, how="semi"
+        )
+        for name in declared.tables
+    }
+
+
 def with_lookups(
     rows: pl.LazyFrame, lookups: Iterable[Lookup], root: str | Path, versions: dict[str, int]
 ) -> pl.LazyFrame:
@@ -202,14 +215,8 @@ def _partition(
     part: int,
 ) -> pl.DataFrame:
     events = scan_events(declared, root, versions).filter(pl.col(storage.PART) == part)
-    # The partitions of other tables may be others: their entities are looked up.
-    entities = events.select(declared.entity).unique().collect().lazy()
-    tables = {
-        name: storage.scan(root, name, versions[name]).join(
-            entities, on=declared.entity, how="semi"
-        )
-        for name in declared.tables
-    }
+    entities = events.select(declared.entity).unique().collect()
+    tables = scan_tables(declared, root, versions, entities)
     frame = compute(events, declared, cutoffs, labels=True, tables=tables)
     return frame.with_columns(pl.lit(part, dtype=pl.Int32).alias(storage.PART))
 

@@ -18,7 +18,7 @@ import polars as pl
 
 from cluster import dask_lease, storage
 from jobs.config import Features, Pipeline, Target
-from jobs.features import scan_events, with_lookups
+from jobs.features import scan_events, scan_tables, with_lookups
 from models import split
 from models.encoding import Encoder
 from models.families import TrainingData
@@ -213,7 +213,7 @@ def encode(frame: pl.DataFrame, features: Sequence[str]) -> Matrices:
 def _sources(target: Target, pipeline: Pipeline) -> list[str]:
     groups = [pipeline.features[group] for group in target.features]
     lookups = [*target.attributes, *(lookup for group in groups for lookup in group.lookups)]
-    found = [group.table for group in groups]
+    found = [table for group in groups for table in (group.table, *group.tables)]
     if target.rows is None:
         found.append(f"features/{target.features[0]}")
     else:
@@ -275,7 +275,9 @@ def _part_features(
 ) -> pl.DataFrame:
     part = rows[storage.PART][0]
     events = scan_events(declared, root, versions).filter(pl.col(storage.PART) == part)
-    return rows.select("_place").hstack(compute_at(events, declared, rows))
+    entities = rows.select(declared.entity).unique()
+    tables = scan_tables(declared, root, versions, entities)
+    return rows.select("_place").hstack(compute_at(events, declared, rows, tables=tables))
 
 
 def _labelled(

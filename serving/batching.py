@@ -25,7 +25,7 @@ class Batcher:
         *,
         max_rows: int = 4_096,
         inline_rows: int = 0,
-        gather_s: float = 0.002,
+        gather_s: float = 0.001,
     ) -> None:
         self._predict = predict
         self._max_rows = max_rows

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -200,4 +201,6 @@ def test_nodes_join_say_how_they_are_and_leave_on_a_notice(
             node.send_signal(signal.SIGTERM)
         for node in (worker, head):
             assert node.wait(60) == 0
+        for role in ("head", "worker"):
+            shutil.rmtree(f"/tmp/ly-{os.getpid()}-{role}", ignore_errors=True)
     assert says("head") == "ended"

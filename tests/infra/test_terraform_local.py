@@ -173,6 +173,8 @@ def test_apply_change_recover_and_destroy(terraform: Terraform) -> None:
     _until(lambda: _addresses(where) == ["127.0.0.2", "127.0.0.3"], 120)
     _until(lambda: _answers(where), 90)
     assert {name: terraform.state(name) for name in names} == before
+    scratch = psutil.Process(before["head"].pid).environ()["LIFTYARD_SCRATCH"]
+    assert Path(scratch).exists()
 
     # Destroy ends exactly these, and leaves the data.
     kept = Path(where.storage_root) / "kept"
@@ -183,6 +185,7 @@ def test_apply_change_recover_and_destroy(terraform: Terraform) -> None:
         assert bystander.poll() is None
         bystander.kill()
     assert [p for state in before.values() for p in supervisor.processes(state)] == []
+    assert not Path(scratch).parent.exists()
     assert kept.exists()
     assert (terraform.home / "mlflow.db").exists()
     assert not supervisor.Tcp(host="127.0.0.2", port=_port(where)).check("")

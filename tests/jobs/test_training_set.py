@@ -11,7 +11,7 @@ from jobs import training_set
 from jobs.config import Pipeline
 from jobs.features import build
 from jobs.ingest import ingest
-from jobs.pipeline_file import load
+from jobs.pipeline_file import ConfigError, load
 from tests.jobs import shop
 
 
@@ -114,3 +114,32 @@ def test_a_label_of_one_class_is_refused(pipeline: Pipeline, tmp_path: Path) -> 
     fill(pipeline, tmp_path)
     with pytest.raises(training_set.TrainingError, match=r"targets.answers: the label is \[0\]"):
         training_set.assemble("answers", pipeline, tmp_path / "tables")
+
+
+def test_streams_and_attributes_reach_rows_with_their_own_cutoff(tmp_path: Path) -> None:
+    file = shop.make(tmp_path)
+    group = (
+        "  seen:\n    table: orders\n    entity: customer\n    time: at\n    name: seen\n"
+        "    lifetime: [count]\n"
+        "    streams: {mails: {table: mailings, time: sent, lifetime: [count]}}\n"
+    )
+    text = file.read_text().replace("targets:\n", group + "targets:\n")
+    rows = "rows: {table: mailings, cutoff: sent}\n    features: "
+    text = text.replace(f"{rows}[buys]", f"{rows}[buys, seen]")
+    file.write_text(text)
+    pipeline = load(file)
+    fill(pipeline, tmp_path)
+    _, frame = assembled("answers", pipeline, tmp_path)
+    # The mailings before a customer's n-th are n.
+    assert (frame["mails_count_lifetime"] == frame["mailing"]).all()
+
+
+def test_a_stream_of_an_undeclared_column_is_told(tmp_path: Path) -> None:
+    file = shop.make(tmp_path)
+    stream = "    streams: {mails: {table: mailings, time: snt, lifetime: [count]}}\n"
+    text = file.read_text()
+    file.write_text(text.replace("    lifetime: [recency]\n", "    lifetime: [recency]\n" + stream))
+    with pytest.raises(
+        ConfigError, match=r"features.buys names column 'snt' of 'mailings'.*'sent'"
+    ):
+        load(file)

@@ -66,7 +66,7 @@ resource "terraform_data" "head" {
   input = {
     root = local.root
     up   = "${local.keeper} up --states '${local.states}' --name head --limit 180 --ready 'log:head ${local.head_address}: ready' --ready http:http://127.0.0.1:${var.ports.dashboard}/api/version%{if var.dask_workers > 0} --ready tcp:${local.head_address}:${var.ports.dask}%{endif} -- '${local.python}' -m cluster.bootstrap head"
-    down = "${local.keeper} down --states '${local.states}' --name head && rm -rf '${local.scratch}/head'"
+    down = "${local.keeper} down --states '${local.states}' --name head && rm -rf '${local.scratch}'"
     environment = merge(local.every_node, {
       LIFTYARD_NODE_ADDRESS   = local.head_address
       LIFTYARD_DASHBOARD_HOST = "127.0.0.1"
