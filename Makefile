@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 LOCK := requirements/cpu.lock
 
-.PHONY: help setup demo check test bench lock clean
+.PHONY: help setup demo check test multihost bench lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,7 +26,10 @@ check: setup ## Lint, format, types, import contracts
 	$(BIN)/lint-imports
 
 test: check ## Check, then run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/multihost
+
+multihost: setup ## Run the tests over hosts made of network namespaces (as root)
+	$(BIN)/python -m pytest --timeout=900 tests/multihost
 
 bench: setup ## Run every benchmark against its peers (long); results go to bench/
 	mkdir -p bench

@@ -16,7 +16,6 @@ class Batcher:
         max_rows: Rows of a call, a single larger request aside.
         inline_rows: Calls of up to so many rows run in the event loop, larger ones in a thread: for
             a quick model, handing a call to a thread and back costs more than the call.
-        gather_s: Seconds that a call waits for further requests when the one before had several.
     """
 
     def __init__(
@@ -25,15 +24,12 @@ class Batcher:
         *,
         max_rows: int = 4_096,
         inline_rows: int = 0,
-        gather_s: float = 0.001,
     ) -> None:
         self._predict = predict
         self._max_rows = max_rows
         self._inline_rows = inline_rows
-        self._gather_s = gather_s
         self._waiting: list[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = []
         self._work: asyncio.Task[None] | None = None
-        self._company = False
         self.calls = 0
         self.rows = 0
 
@@ -59,8 +55,6 @@ class Batcher:
 
     async def _drain(self) -> None:
         while self._waiting:
-            if self._company and self._gather_s:
-                await asyncio.sleep(self._gather_s)
             rows = taken = 0
             for x, _ in self._waiting:
                 if taken and rows + len(x) > self._max_rows:
@@ -68,7 +62,6 @@ class Batcher:
                 rows += len(x)
                 taken += 1
             batch, self._waiting = self._waiting[:taken], self._waiting[taken:]
-            self._company = taken > 1
             self.calls += 1
             self.rows += rows
             x = batch[0][0] if taken == 1 else np.concatenate([x for x, _ in batch])
