@@ -105,7 +105,7 @@ class _Work:
         self.device = device
         self.tables = environment.storage_root
         self._stack = stack
-        self._warm = ExitStack()
+        self._leased, self._warm = ExitStack(), ExitStack()
         self._session: session.Session | None = None
 
     def connect(self) -> session.Session:
@@ -118,11 +118,12 @@ class _Work:
 
     @cached_property
     def lease(self) -> dask_lease.Lease | dask_lease.Standing | None:
-        """Dask workers for the features, if any are wanted."""
+        """Dask workers for the features, if any are wanted; the sweep ends them."""
         standing = self.environment.dask_address
         workers = self.dask_workers
         if standing is not None and workers is None:
-            return self._stack.enter_context(dask_lease.attach(standing))
+            self._stack.callback(self._leased.close)
+            return self._leased.enter_context(dask_lease.attach(standing))
         if workers is None:
             validated = self.run.step("validate").detail
             events = sum(validated[each.table]["rows"] for each in self.pipeline.features.values())
@@ -130,15 +131,21 @@ class _Work:
         if not workers or not self.pipeline.features:
             return None
         self.connect()
-        return self._stack.enter_context(dask_lease.lease(workers=workers))
+        # Ended before the session that it runs on.
+        self._stack.callback(self._leased.close)
+        return self._leased.enter_context(dask_lease.lease(workers=workers))
 
     @cached_property
     def warm(self) -> sweep.Pool:
-        """Actors that train, one a CPU; the sweep starts them and `register` ends them."""
-        workers = max(1, int(self.connect().cpus))
-        # Ended before the session that it runs on.
+        """Actors that train, one a GPU or CPU; the sweep starts them and `register` ends them."""
+        # A lease's workers hold CPUs that the actors would wait for.
+        self._leased.close()
+        cluster = self.connect()
+        gpus = int(cluster.gpus) if self.device.kind == "cuda" else 0
         self._stack.callback(self._warm.close)
-        return self._warm.enter_context(sweep.pool(workers))
+        with self.console.status("waiting for room on the cluster"):
+            actors = sweep.pool(gpus or max(1, int(cluster.cpus)), gpus=1 if gpus else 0)
+            return self._warm.enter_context(actors)
 
     @cached_property
     def registry(self) -> Registry:
@@ -243,8 +250,9 @@ class _Work:
                 "cpu_s": round(sum(each.cpu_s for each in outcomes), 3),
             }
         engine = f"packs on {len(self.warm.actors)} Ray actors"
+        device = self.warm.device
         tried = sum(target["variants"] for target in detail.values())
-        return _step("sweep", start, rows, tried, detail, engine)
+        return _step("sweep", start, rows, tried, detail, engine, device)
 
     def register(self) -> Step:
         start = time.perf_counter()

@@ -15,10 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from cluster import estimators
+from cluster.device import choose
 from jobs.sweep_board import Board, Halving, Listed, Outcome, Pack, Source, key
+from models import forest
 from models.families import FAMILIES, Fitted, TrainingData, Variant, cost, packs
 from models.metrics import auc
 
@@ -39,6 +43,10 @@ __all__ = [
 ]
 
 
+# What others gave back is free a moment later.
+SETTLE_S = 5.0
+
+
 class SweepError(RuntimeError):
     """The sweep can't go on; the message says why."""
 
@@ -53,8 +61,8 @@ class Train(Protocol):
 class Pool:
     """Warm actors; made by `pool`."""
 
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self.actors = list(actors)
+    def __init__(self, actors: Sequence[Any], device: str) -> None:
+        self.actors, self.device = list(actors), device
         # Families that each has trained.
         self.at_home: dict[Any, set[str]] = {actor: set() for actor in self.actors}
 
@@ -64,7 +72,8 @@ def pool(workers: int, *, cpus: float = 1, gpus: float = 0) -> Iterator[Pool]:
     """Actors on the connected Ray cluster, for any number of sweeps; ended on exit.
 
     Args:
-        workers: How many.
+        workers: How many at most; fewer where others hold the cluster's CPUs or GPUs, since an
+            actor without room would keep its packs waiting. Waits for room for one.
         cpus: CPUs of each, which is also the number of threads that its libraries may use.
         gpus: GPUs of each, fractions too; above 0 boosting and networks train on CUDA.
     """
@@ -74,12 +83,26 @@ def pool(workers: int, *, cpus: float = 1, gpus: float = 0) -> Iterator[Pool]:
         _Worker
     )
     device = "cuda" if gpus else "cpu"
-    actors = [worker.remote(max(1, int(cpus)), device) for _ in range(workers)]
+    room = _room(workers, {"CPU": cpus, "GPU": gpus})
+    actors = [worker.remote(max(1, int(cpus)), device) for _ in range(room)]
     try:
-        yield Pool(actors)
+        yield Pool(actors, device)
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def _room(wanted: int, each: dict[str, float]) -> int:
+    """How many actors the cluster has room for now, at least 1."""
+    import ray
+
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        room = min(int(free.get(name, 0) / need) for name, need in each.items() if need > 0)
+        if room >= wanted or time.monotonic() > deadline:
+            return max(1, min(room, wanted))
+        time.sleep(0.1)
 
 
 def run(
@@ -298,7 +321,7 @@ class _Worker:
 
     def fit(self, pack: list[Variant], data: list[Any]) -> list[Fitted]:
         rows: TrainingData = self._rows(data)
-        return FAMILIES[str(pack[0]["family"])](pack, rows, device=self._device)
+        return _fit_pack(pack, rows, device=self._device)
 
     def _rows(self, data: list[Any]) -> Any:
         import ray
@@ -314,6 +337,16 @@ class _Worker:
         self._held.clear()
 
 
+def _fit_pack(
+    pack: Sequence[Variant], data: TrainingData, *, device: str = "cpu", **halved: Any
+) -> list[Fitted]:
+    family = str(pack[0]["family"])
+    if family == "forest" and device == "cuda":
+        # What is cuML's and what scikit-learn's is decided in one place, which models don't know.
+        return forest.fit_pack(pack, data, factory=partial(estimators.forest, choose("cuda")))
+    return FAMILIES[family](pack, data, device=device, **halved)
+
+
 def train_pack(pack: Sequence[Variant], data: TrainingData, **how: Any) -> list[Outcome]:
     """What an actor makes of a pack; nothing that a variant does wrong is raised.
 
@@ -327,7 +360,7 @@ def train_pack(pack: Sequence[Variant], data: TrainingData, **how: Any) -> list[
     """
     started, cpu = time.perf_counter(), time.process_time()
     try:
-        fitted = FAMILIES[str(pack[0]["family"])](pack, data, **how)
+        fitted = _fit_pack(pack, data, **how)
         scored = [float(auc(data.y_valid, each.valid_scores)) for each in fitted]
     except Exception as error:
         if len(pack) > 1:

@@ -194,9 +194,14 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path: Path) -> 
     # With room again the run goes on.
     with session.connect(cpus=2):
         again = CliRunner().invoke(
-            app, arguments(tmp_path, "--resume", summary(tmp_path)["run_id"])
+            app,
+            arguments(tmp_path, "--resume", summary(tmp_path)["run_id"], "--dask-workers", "2"),
         )
     assert again.exit_code == 0, again.output
+    engines = {step["name"]: step["engine"] for step in summary(tmp_path)["steps"]}
+    assert engines["features"].endswith("on 2 Dask workers")
+    # The Dask workers have given the CPUs back.
+    assert engines["sweep"] == "packs on 2 Ray actors"
 
 
 def test_two_runs_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
