@@ -59,7 +59,7 @@ class Status:
     """What an environment has and does.
 
     Attributes:
-        nodes: The living ones.
+        nodes: The living ones, the head first, then by address.
         actors: Living Ray actors.
         dask_workers: Workers of the standing lease; None if there is no lease.
         jobs: Submitted jobs by status, as `{"RUNNING": 1}`.
@@ -178,7 +178,7 @@ def status(environment: Environment) -> Status:
                 gpus=node.resources_total.get("GPU", 0.0),
                 memory_bytes=int(node.resources_total.get("memory", 0)),
             )
-            for node in nodes
+            for node in sorted(nodes, key=lambda node: (not node.is_head_node, node.node_ip))
             if node.state == "ALIVE"
         ),
         actors=len(actors),

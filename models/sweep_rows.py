@@ -50,7 +50,8 @@ def insert(database: Any, experiment_id: str, artifacts: str, children: Sequence
         children: None of them there yet.
 
     Raises:
-        MlflowException: The database can't be written.
+        MlflowException: The database can't be written, or a name has characters that MLflow
+            doesn't take.
     """
     from mlflow.store.tracking.dbmodels.models import (
         SqlLatestMetric,
@@ -59,12 +60,24 @@ def insert(database: Any, experiment_id: str, artifacts: str, children: Sequence
         SqlRun,
         SqlTag,
     )
+    from mlflow.utils.validation import (
+        _validate_metric_name,
+        _validate_param_name,
+        _validate_tag_name,
+    )
     from sqlalchemy import insert as sql_insert
 
     rows: dict[Any, list[dict[str, Any]]] = {
         table: [] for table in (SqlRun, SqlParam, SqlMetric, SqlLatestMetric, SqlTag)
     }
     for child in children:
+        # The client's calls look at names; rows go past them.
+        for name in child.params:
+            _validate_param_name(name)  # type: ignore[no-untyped-call]
+        for name, _, _ in child.metrics:
+            _validate_metric_name(name)  # type: ignore[no-untyped-call]
+        for name in child.tags:
+            _validate_tag_name(name)  # type: ignore[no-untyped-call]
         run = {"run_uuid": child.run_id}
         rows[SqlRun].append(
             run
