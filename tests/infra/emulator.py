@@ -21,7 +21,7 @@ from moto.ec2.exceptions import (
 from moto.ec2.models import EC2Backend
 from moto.ec2.models.security_groups import SecurityGroupRule
 from moto.ec2.responses.monitoring import Monitoring
-from moto.rds.models import DBInstance, DBParameterGroup, RDSBackend
+from moto.rds.models import DBInstance, DBParameterGroup
 from moto.route53.responses import Route53
 from moto.server import main
 from moto.sqs.models import Queue
@@ -99,16 +99,6 @@ def keep_performance_insights(original: Any) -> Any:
         self.performance_insights_retention_period = 7
 
     return __init__
-
-
-def answer_again(original: Any) -> Any:
-    """A creation that the provider repeats, its answer having been late, is answered as before."""
-
-    def create_db_instance(self: RDSBackend, db_kwargs: dict[str, Any]) -> DBInstance:
-        made = self.databases.get(db_kwargs["db_instance_identifier"])
-        return made if made is not None else original(self, db_kwargs)
-
-    return create_db_instance
 
 
 def keep_role(original: Any) -> Any:
@@ -208,7 +198,6 @@ if __name__ == "__main__":
     EC2Backend.create_launch_template = own_tags_apart(EC2Backend.create_launch_template)
     Queue.attributes = compact_redrive(Queue.attributes)
     DBParameterGroup.update_parameters = keep_source(DBParameterGroup.update_parameters)
-    RDSBackend.create_db_instance = answer_again(RDSBackend.create_db_instance)
     DBInstance.__init__ = keep_performance_insights(DBInstance.__init__)
     EC2Backend.revoke_security_group_ingress = rule_is_gone(
         EC2Backend.revoke_security_group_ingress
