@@ -11,7 +11,6 @@ lease. Token and TLS are Ray's own variables, which Dask's processes follow.
 
 import json
 import os
-import secrets
 import shlex
 import signal
 import socket
@@ -28,6 +27,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+
+from cluster import ports
+from cluster.files import replace_text
 
 Role = Literal["head", "worker"]
 
@@ -285,7 +287,7 @@ def _join(node: Node, ended: threading.Event) -> str:
     with tempfile.TemporaryFile() as output:
         # A file and not a pipe, which Ray's processes would hold and fill.
         ray = subprocess.Popen(
-            command(node, client_port=_free_port()),
+            command(node, client_port=ports.free(1)[0]),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -363,9 +365,7 @@ def report(node: Node, state: str, detail: str) -> None:
     )
     print(f"{health.since} {node.role} {node.address}: {state}: {detail}", flush=True)
     node.state.mkdir(parents=True, exist_ok=True)
-    draft = node.state / f"health.{secrets.token_hex(4)}"
-    draft.write_text(json.dumps(asdict(health), indent=2) + "\n", encoding="utf-8")
-    draft.replace(node.state / "health.json")
+    replace_text(node.state / "health.json", json.dumps(asdict(health), indent=2) + "\n")
 
 
 def health(state: Path) -> Health:
@@ -442,12 +442,6 @@ def _secrets_asked(variables: Mapping[str, str]) -> list[str]:
 
 def _tls_on(variables: Mapping[str, str]) -> bool:
     return variables.get("RAY_USE_TLS", "0").lower() in ("1", "true")
-
-
-def _free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("", 0))
-        return int(held.getsockname()[1])
 
 
 def main(arguments: Sequence[str]) -> None:

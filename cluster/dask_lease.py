@@ -388,10 +388,13 @@ def _tls_reader() -> Callable[[], dict[str, Any]]:
     return read
 
 
+Workers = Lease | Standing
+
+
 def map_partitions(
-    function: Callable[[Any], Any], parts: Iterable[Any], lease: Lease | Standing
+    function: Callable[[Any], Any], parts: Iterable[Any], lease: Workers | None
 ) -> Iterator[Any]:
-    """Runs `function` over each part on the lease; results come in the order of the parts.
+    """Runs `function` over each part; results come in the order of the parts.
 
     Lazy: work starts at the first `next`, and a few parts a worker are in flight, so neither
     parts nor results need fit in memory together. Parts travel inside their tasks, so a lost
@@ -400,11 +403,14 @@ def map_partitions(
     Args:
         function: Takes a part; picklable, and safe to run twice.
         parts: Picklable parts.
-        lease: Where to run.
+        lease: Where to run; None runs the parts here, in turn.
 
     Yields:
         `function(part)` for each part. An error in `function` is raised here.
     """
+    if lease is None:
+        yield from map(function, parts)
+        return
     pending: deque[Any] = deque()
     try:
         for part in parts:

@@ -9,21 +9,19 @@ import argparse
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster import dask_lease, session, supervisor
+from cluster import dask_lease, ports, session, supervisor
 from cluster.environment import HOME, Environment, embedded, file_of, services_of
+from cluster.files import replace_text
 from cluster.supervisor import Http, LogLine, Service, State
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,13 +60,21 @@ class Status:
         nodes: The living ones, the head first, then by address.
         actors: Living Ray actors.
         dask_workers: Workers of the standing lease; None if there is no lease.
-        jobs: Submitted jobs by status, as `{"RUNNING": 1}`.
     """
 
     nodes: tuple[Node, ...]
     actors: int
     dask_workers: int | None
-    jobs: dict[str, int]
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of all nodes."""
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of all nodes."""
+        return sum(node.gpus for node in self.nodes)
 
 
 def up(
@@ -110,6 +116,7 @@ def up(
             tracking_uri=here.tracking_uri,
             storage_root=here.storage_root,
             serve_url=_serve_url(file),
+            queue=f"sqlite:///{home / 'queues' / 'local.sqlite'}",
         )
         try:
             lease = _start_lease(states, ray_address, dask_workers, fresh)
@@ -154,37 +161,43 @@ def status(environment: Environment) -> Status:
             f"environment {environment.name!r} has no dashboard to ask: `embedded` runs only "
             "within a command; `liftyard up` starts one that stays, for --env local"
         )
-    session.authenticate(make=False)
-    from ray.job_submission import JobSubmissionClient
-    from ray.util.state import list_actors, list_nodes
+    found = nodes(url)
+    from ray.util.state import list_actors
     from ray.util.state.exception import RayStateApiException
 
     living: Any = [("state", "=", "ALIVE")]
     try:
-        # All of them: Ray takes a filter that leaves out a dead node for an answer cut short.
-        nodes: list[Any] = list_nodes(address=url, limit=10_000, detail=True)
         actors = list_actors(address=url, filters=living, limit=10_000)
-        jobs = JobSubmissionClient(url).list_jobs()
+    except (RayStateApiException, OSError) as error:
+        raise ConnectionError(f"{environment.name!r} doesn't answer at {url}: {error}") from error
+    return Status(nodes=found, actors=len(actors), dask_workers=_count_dask_workers(environment))
+
+
+def nodes(dashboard_url: str) -> tuple[Node, ...]:
+    """Asks a cluster's dashboard for its living nodes: the head first, then by address.
+
+    Raises:
+        ConnectionError: It doesn't answer.
+    """
+    session.authenticate(make=False)
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        # All of them: Ray takes a filter that leaves out a dead node for an answer cut short.
+        listed: list[Any] = list_nodes(address=dashboard_url, limit=10_000, detail=True)
     except (RayStateApiException, OSError, RuntimeError) as error:
-        raise ConnectionError(
-            f"environment {environment.name!r} doesn't answer at {url}: {error}"
-        ) from error
-    return Status(
-        nodes=tuple(
-            Node(
-                address=node.node_ip,
-                head=node.is_head_node,
-                cpus=node.resources_total.get("CPU", 0.0),
-                gpus=node.resources_total.get("GPU", 0.0),
-                memory_bytes=int(node.resources_total.get("memory", 0)),
-            )
-            for node in sorted(nodes, key=lambda node: (not node.is_head_node, node.node_ip))
-            if node.state == "ALIVE"
-        ),
-        actors=len(actors),
-        dask_workers=_count_dask_workers(environment),
-        # Drivers that were not submitted are listed too, without an id to stop them by.
-        jobs=dict(Counter(str(job.status) for job in jobs if job.submission_id)),
+        raise ConnectionError(f"the cluster of {dashboard_url} doesn't answer: {error}") from error
+    return tuple(
+        Node(
+            address=node.node_ip,
+            head=node.is_head_node,
+            cpus=node.resources_total.get("CPU", 0.0),
+            gpus=node.resources_total.get("GPU", 0.0),
+            memory_bytes=int(node.resources_total.get("memory", 0)),
+        )
+        for node in sorted(listed, key=lambda node: (not node.is_head_node, node.node_ip))
+        if node.state == "ALIVE"
     )
 
 
@@ -244,7 +257,7 @@ def _start_head(states: Path, cpus: int | None) -> tuple[State, bool]:
 def _head_command(cpus: int | None) -> list[str]:
     # The path of a Ray socket may have about 100 characters, which a folder below home can exceed.
     scratch = tempfile.mkdtemp(prefix="liftyard-", dir="/tmp")
-    gcs, dashboard, client = _free_ports(3)
+    gcs, dashboard, client = ports.free(3)
     return [
         str(Path(sys.executable).with_name("ray")),
         "start",
@@ -330,33 +343,21 @@ def _value(command: Sequence[str], name: str) -> str | None:
     return next((part.removeprefix(prefix) for part in command if part.startswith(prefix)), None)
 
 
-def _free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    try:
-        for each in held:
-            each.bind(("", 0))
-        return [each.getsockname()[1] for each in held]
-    finally:
-        for each in held:
-            each.close()
-
-
 def _serve_url(file: Path) -> str:
     """Where a run's serve step serves: the address from before, else one on a free port."""
     if file.exists():
         kept = json.loads(file.read_text(encoding="utf-8")).get("serve_url")
         if kept is not None:
             return str(kept)
-    return f"http://127.0.0.1:{_free_ports(1)[0]}"
+    return f"http://127.0.0.1:{ports.free(1)[0]}"
 
 
 def _write(environment: Environment, file: Path) -> None:
     kept = asdict(environment)
-    del kept["name"]
+    # Prices are settings, and looked up by who reads the file.
+    del kept["name"], kept["prices"]
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(f".{secrets.token_hex(4)}")
-    draft.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    draft.replace(file)
+    replace_text(file, json.dumps(kept, indent=2) + "\n")
 
 
 _LEASED = r"leased (\S+) with"

@@ -5,10 +5,17 @@ Knows nothing of what the columns mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import io
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
+from hashlib import blake2b
 from pathlib import Path
-from typing import Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import polars as pl
 
@@ -26,6 +33,11 @@ class StorageError(OSError):
 
 class StorageConflict(StorageError):
     """Another writer committed to the table first; read it again and redo the work."""
+
+
+def digest(*parts: object) -> str:
+    """32 hexadecimal digits of the parts as text: what a version was made of, to know it by."""
+    return blake2b(" ".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
 
 def partitions(rows: int) -> int:
@@ -64,8 +76,6 @@ def stable_hash(entity: str, dtype: pl.DataType | type[pl.DataType]) -> pl.Expr:
 
 
 def _hash_text(values: pl.Series) -> pl.Series:
-    from hashlib import blake2b
-
     distinct = values.drop_nulls().unique()
     hashes = [
         int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
@@ -144,24 +154,153 @@ def write(
         StorageConflict: Another writer has committed since `onto`.
         StorageError: The storage can't be written.
     """
-    from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
-    from deltalake.exceptions import CommitFailedError
+    from deltalake import DeltaTable, write_deltalake
 
     rows = frame.collect(engine="streaming") if isinstance(frame, pl.LazyFrame) else frame
-    made = 0 if onto is None else onto + 1
-    try:
-        # Appends don't conflict in Delta Lake, but two writers of one application id do.
+    with _one_writer(root, name, onto):
         write_deltalake(
             _uri(root, name) if onto is None else DeltaTable(_uri(root, name), version=onto),
             rows,
             mode="error" if onto is None else mode,
             schema_mode="overwrite" if onto is not None and mode == "overwrite" else None,
             partition_by=[PART] if PART in rows.columns else None,
-            commit_properties=CommitProperties(
-                custom_metadata=dict(metadata),
-                app_transactions=[Transaction("liftyard", made)],
-            ),
+            commit_properties=_commit(onto, metadata),
         )
+    return _after(onto)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged:
+    """A file in a table's folder that is part of no version yet; made by `stage`.
+
+    Attributes:
+        path: Under the table's folder.
+        part: The partition that it holds.
+        rows: How many it holds.
+        bytes: Its size.
+        schema: Of the table, as Delta Lake's JSON.
+    """
+
+    path: str
+    part: int
+    rows: int
+    bytes: int
+    schema: str
+
+
+def stage(root: str | Path, name: str, part: int, frame: pl.DataFrame) -> Staged:
+    """Write a partition's rows where `commit` finds them, from any machine that sees `root`.
+
+    A file that is never committed is no part of the table; Delta Lake's vacuum removes it.
+
+    Args:
+        root: Directory or object-store URL that holds the tables.
+        name: The table's name.
+        part: The partition.
+        frame: Its rows, without `_part`.
+
+    Raises:
+        StorageError: The storage can't be written.
+    """
+    import fsspec
+    from deltalake import Schema
+
+    path = f"{PART}={part}/{secrets.token_hex(16)}.parquet"
+    content = io.BytesIO()
+    frame.write_parquet(content)
+    with_part = frame.clear().with_columns(pl.lit(part, dtype=pl.Int32).alias(PART))
+    files, folder = fsspec.url_to_fs(_uri(root, name))
+    try:
+        if "file" in files.protocol:
+            files.makedirs(f"{folder}/{PART}={part}", exist_ok=True)
+        files.pipe_file(f"{folder}/{path}", content.getvalue())
+    except OSError as error:
+        raise _unusable("written", root, name, error) from error
+    return Staged(
+        path=path,
+        part=part,
+        rows=frame.height,
+        bytes=content.tell(),
+        schema=Schema.from_arrow(with_part.to_arrow().schema).to_json(),
+    )
+
+
+def commit(
+    root: str | Path,
+    name: str,
+    staged: Sequence[Staged],
+    *,
+    mode: Literal["append", "overwrite"],
+    onto: int | None,
+    metadata: Mapping[str, str],
+) -> int:
+    """Make staged files a version of the table, in one atomic commit.
+
+    Args:
+        root: Directory or object-store URL that holds the tables.
+        name: The table's name.
+        staged: Files of one schema; none only to add `metadata` to a table that is there.
+        mode: As for `write`.
+        onto: As for `write`.
+        metadata: As for `write`.
+
+    Returns:
+        The version that this commit made.
+
+    Raises:
+        StorageConflict: Another writer has committed since `onto`.
+        StorageError: The storage can't be written.
+    """
+    from deltalake import DeltaTable, Schema
+    from deltalake.transaction import AddAction, create_table_with_add_actions
+
+    now_ms = int(time.time() * 1000)
+    added = [
+        AddAction(
+            path=each.path,
+            size=each.bytes,
+            partition_values={PART: str(each.part)},
+            modification_time=now_ms,
+            data_change=True,
+            stats=json.dumps({"numRecords": each.rows}),
+        )
+        for each in staged
+    ]
+    schema = Schema.from_json(staged[0].schema) if staged else None
+    properties = _commit(onto, metadata)
+    with _one_writer(root, name, onto):
+        if onto is None:
+            create_table_with_add_actions(
+                _uri(root, name), schema, added, partition_by=[PART], commit_properties=properties
+            )
+        else:
+            table = DeltaTable(_uri(root, name), version=onto)
+            table.create_write_transaction(
+                list(added), mode, schema or table.schema(), [PART], commit_properties=properties
+            )
+    return _after(onto)
+
+
+def _after(onto: int | None) -> int:
+    return 0 if onto is None else onto + 1
+
+
+def _commit(onto: int | None, metadata: Mapping[str, str]) -> Any:
+    from deltalake import CommitProperties, Transaction
+
+    # Appends don't conflict in Delta Lake, but two writers of one application id do.
+    return CommitProperties(
+        custom_metadata=dict(metadata),
+        app_transactions=[Transaction("liftyard", _after(onto))],
+    )
+
+
+@contextmanager
+def _one_writer(root: str | Path, name: str, onto: int | None) -> Iterator[None]:
+    from deltalake.exceptions import CommitFailedError
+
+    try:
+        yield
     except Exception as error:
         if isinstance(error, CommitFailedError) or (onto is None and exists(root, name)):
             raise StorageConflict(
@@ -169,7 +308,6 @@ def write(
                 f"{'it was absent' if onto is None else f'version {onto}'}: {error}; run again"
             ) from error
         raise _unusable("written", root, name, error) from error
-    return made
 
 
 def scan(root: str | Path, name: str, version: int | None = None) -> pl.LazyFrame:

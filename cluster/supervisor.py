@@ -27,6 +27,8 @@ from typing import Protocol
 
 import psutil
 
+from cluster.files import replace_text
+
 MARKER = "LIFTYARD_SERVICE"
 
 # By marker: a Popen that is forgotten warns, and its process can't be waited for.
@@ -281,9 +283,7 @@ def _spawn(service: Service, states: Path) -> State:
 def _write(state: State) -> None:
     kept = {**dataclasses.asdict(state), "log": str(state.log)}
     del kept["file"]
-    draft = state.file.with_suffix(f".{secrets.token_hex(4)}")
-    draft.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    draft.replace(state.file)
+    replace_text(state.file, json.dumps(kept, indent=2) + "\n")
 
 
 def _wait(service: Service, state: State) -> None:

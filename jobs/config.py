@@ -6,7 +6,6 @@ Knows nothing of YAML (`jobs/pipeline_file.py`), or of how tables are read or st
 from __future__ import annotations
 
 import datetime as dt
-import difflib
 import re
 from typing import Literal
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from jobs.search import SAMPLERS, SETTINGS, SPACE, draw
 from models.families import FAMILIES
 from models.features import FeatureSpec, describe
+from models.naming import suggestion
 
 Dtype = Literal["int32", "int64", "float32", "float64", "string", "bool", "date", "datetime"]
 Scalar = bool | int | float | dt.datetime | dt.date | str
@@ -63,12 +63,6 @@ class Rules(_Model):
     foreign_keys: dict[str, str] = {}
     rows: RowBounds = RowBounds()
     freshness: Freshness | None = None
-
-
-def suggestion(value: object, allowed: list[str]) -> str:
-    """ " Did you mean …?" where something allowed is close, else nothing."""
-    close = difflib.get_close_matches(str(value), allowed, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class Table(_Model):

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 
 import polars as pl
@@ -54,12 +53,11 @@ def build(
     declared: Features,
     root: str | Path,
     *,
-    lease: dask_lease.Lease | dask_lease.Standing | None = None,
+    lease: dask_lease.Workers | None = None,
 ) -> Built:
     """Bring the table `features/NAME` up to its events in at most one commit.
 
-    Where nothing has changed before the end of what the last call looked at, and the declaration
-    has only got more cutoffs, the rows of those are added to the others.
+    Computes the rows of those cutoffs whose past has changed, or that are new; the others stand.
 
     Args:
         name: The features' name.
@@ -75,7 +73,7 @@ def build(
     target = f"features/{name}"
     sources = [declared.table, *(lookup.table for lookup in declared.lookups), *declared.tables]
     versions = {source: storage.version(root, source) for source in sources}
-    made_of = _digest(versions, declared.model_dump_json())
+    made_of = storage.digest(versions, declared.model_dump_json())
     events = storage.scan(root, declared.table, versions[declared.table])
     onto = storage.latest(root, target)
     before = {} if onto is None else storage.metadata(root, target, onto)
@@ -86,32 +84,36 @@ def build(
         # Here, so that workers find it on disk.
         compile_s = compile_kernel(declared, labels=True)
         cutoffs = cutoff_times(declared)
-        apart = _digest(
+        apart = storage.digest(
             {table: versions[table] for table in sources if table != declared.table},
             declared.model_dump_json(exclude={"cutoffs"}),
+            # An entity's partition depends on how many there are.
+            storage.metadata(root, declared.table, versions[declared.table]).get("partitions"),
         )
-        done = _still_valid(declared, events, before, apart, cutoffs)
-        work = partial(
-            _partition, declared, str(root), versions, [c for c in cutoffs if c not in done]
-        )
-        parts = sorted(events.select(storage.PART).unique().collect()[storage.PART])
-        frames = (
-            map(work, parts) if lease is None else dask_lease.map_partitions(work, parts, lease)
-        )
-        frame = pl.concat(list(frames))
-        computed = frame.height
-        version = storage.write(
+        pasts = _pasts(declared, events, cutoffs)
+        earlier = json.loads(before.get("pasts", "{}"))
+        kept = [c for c in cutoffs if earlier.get(c.isoformat()) == pasts[c.isoformat()]]
+        if before.get("apart_from_events") != apart:
+            kept = []
+        # Rows that stand are left where they are, unless others beside them must go.
+        appends = bool(kept) and len(kept) == len(earlier)
+        asked = [c for c in cutoffs if c not in kept]
+        standing = [] if appends else kept
+        work = partial(_partition, target, declared, str(root), versions, asked, onto, standing)
+        parts = sorted(events.select(storage.PART).unique().collect()[storage.PART]) or [0]
+        made = list(dask_lease.map_partitions(work, parts if asked or standing else [], lease))
+        computed = sum(rows for _, rows in made)
+        version = storage.commit(
             root,
             target,
-            frame,
-            mode="append" if done else "overwrite",
+            [staged for staged, _ in made],
+            mode="append" if appends else "overwrite",
             onto=onto,
             metadata={
                 "made_of": made_of,
                 "sources": str(versions),
                 "apart_from_events": apart,
-                "cutoffs": json.dumps([c.isoformat() for c in cutoffs]),
-                "past": _past(declared, events, max(cutoffs, default=None)),
+                "pasts": json.dumps(pasts),
             },
         )
     else:
@@ -127,43 +129,43 @@ def build(
         columns=len(table.collect_schema()) - 3,
         new=new,
         computed=computed,
-        engine=computed_by(declared) + (f" on {lease.workers} Dask workers" if lease else ""),
+        engine=engine([declared], lease),
         compile_s=compile_s,
     )
 
 
-def _digest(*parts: object) -> str:
-    return blake2b(" ".join(map(str, parts)).encode(), digest_size=16).hexdigest()
+def engine(groups: Iterable[Features], lease: dask_lease.Workers | None) -> str:
+    """What computes the groups, and where: `kernel on 2 Dask workers`."""
+    computed = ", ".join(sorted({computed_by(group) for group in groups} or {"polars"}))
+    return computed + (f" on {lease.workers} Dask workers" if lease else "")
 
 
-def _still_valid(
-    declared: Features,
-    events: pl.LazyFrame,
-    before: dict[str, str],
-    apart: str,
-    cutoffs: list[dt.datetime],
-) -> list[dt.datetime]:
-    """The cutoffs whose rows in the table stand as they are; none where any must be made anew."""
-    done = [dt.datetime.fromisoformat(c) for c in json.loads(before.get("cutoffs", "[]"))]
-    if not done or before.get("apart_from_events") != apart or not set(done) < set(cutoffs):
-        return []
-    return done if _past(declared, events, max(done)) == before.get("past") else []
-
-
-def _past(declared: Features, events: pl.LazyFrame, last_cutoff: dt.datetime | None) -> str:
-    """A fingerprint of the events that rows up to a cutoff, and their labels, are computed from."""
-    if last_cutoff is None:
-        return ""
+def _pasts(declared: Features, events: pl.LazyFrame, cutoffs: list[dt.datetime]) -> dict[str, str]:
+    """By cutoff, a fingerprint of the events that its rows and their labels are computed from."""
     horizon = max((each.horizon_days for each in declared.labels), default=0)
-    until = last_cutoff + dt.timedelta(days=horizon)
+    untils = [cutoff + dt.timedelta(days=horizon) for cutoff in sorted(cutoffs)]
     schema = events.collect_schema()
-    time = pl.col(declared.time)
+    time = pl.col(declared.time).cast(pl.Datetime("us"))
     if getattr(schema[declared.time], "time_zone", None) is not None:
-        time = time.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
-    seen = events.filter(time < until).select(
-        pl.len(), pl.struct(schema.names()).hash(seed=7).sum().alias("hash")
+        time = pl.col(declared.time).dt.convert_time_zone("UTC").dt.replace_time_zone(None)
+    # Each event is hashed once: it is in the past of every cutoff from its own on.
+    first_that_sees_it = pl.lit(pl.Series(untils, dtype=pl.Datetime("us"))).search_sorted(
+        time, side="right"
     )
-    return str(seen.collect(engine="streaming").row(0))
+    seen = (
+        events.group_by(first_that_sees_it.alias("first"))
+        .agg(pl.len().alias("rows"), pl.struct(schema.names()).hash(seed=7).sum().alias("hash"))
+        .collect(engine="streaming")
+    )
+    rows, hashes = (
+        dict(zip(seen["first"], seen["rows"], strict=True)),
+        dict(zip(seen["first"], seen["hash"], strict=True)),
+    )
+    found, count, sum_ = {}, 0, 0
+    for place, cutoff in enumerate(sorted(cutoffs)):
+        count, sum_ = count + rows.get(place, 0), (sum_ + hashes.get(place, 0)) % (1 << 64)
+        found[cutoff.isoformat()] = f"{count} {sum_:016x}"
+    return found
 
 
 def scan_events(declared: Features, root: str | Path, versions: dict[str, int]) -> pl.LazyFrame:
@@ -208,17 +210,30 @@ def with_lookups(
 
 
 def _partition(
+    target: str,
     declared: Features,
     root: str,
     versions: dict[str, int],
     cutoffs: list[dt.datetime],
+    onto: int | None,
+    standing: list[dt.datetime],
     part: int,
-) -> pl.DataFrame:
-    events = scan_events(declared, root, versions).filter(pl.col(storage.PART) == part)
-    entities = events.select(declared.entity).unique().collect()
-    tables = scan_tables(declared, root, versions, entities)
-    frame = compute(events, declared, cutoffs, labels=True, tables=tables)
-    return frame.with_columns(pl.lit(part, dtype=pl.Int32).alias(storage.PART))
+) -> tuple[storage.Staged, int]:
+    """Writes a partition: rows computed at some cutoffs, those of others as they stand."""
+    frames = []
+    if standing:
+        here = storage.scan(root, target, onto).filter(
+            pl.col(storage.PART) == part, pl.col("cutoff").is_in(standing)
+        )
+        frames.append(here.drop(storage.PART).collect())
+    if cutoffs:
+        events = scan_events(declared, root, versions).filter(pl.col(storage.PART) == part)
+        entities = events.select(declared.entity).unique().collect()
+        tables = scan_tables(declared, root, versions, entities)
+        frames.append(compute(events, declared, cutoffs, labels=True, tables=tables))
+    computed = frames[-1].height if cutoffs else 0
+    frame = pl.concat(frames).sort(declared.entity, "cutoff")
+    return storage.stage(root, target, part, frame), computed
 
 
 def _check_horizons(name: str, declared: Features, events: pl.LazyFrame) -> None:

@@ -18,7 +18,8 @@ import polars as pl
 
 from cluster import frames, storage
 from cluster.device import Device, choose
-from jobs.config import Table, suggestion
+from jobs.config import Table
+from models.naming import suggestion
 
 # URLs that Polars reads itself, lazily.
 _POLARS_READS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "file")
@@ -104,7 +105,7 @@ def ingest(
     """
     files = _files(name, table, base)
     prints = {file: _fingerprint(file) for file in files}
-    declared = _digest(table.model_dump_json().encode())
+    declared = storage.digest(table.model_dump_json())
     onto = storage.latest(root, name)
     before = {} if onto is None else storage.metadata(root, name, onto)
     known: dict[str, list[int | str]] = json.loads(before.get("files", "{}"))
@@ -171,10 +172,6 @@ def _files(name: str, table: Table, base: Path) -> list[str]:
     if not found:
         raise SourceError(f"table {name!r}: no file at {pattern!r}; check source.path")
     return found
-
-
-def _digest(content: bytes) -> str:
-    return blake2b(content, digest_size=16).hexdigest()
 
 
 def _fingerprint(file: str) -> list[int | str]:

@@ -6,18 +6,17 @@ Each step leaves versioned tables or models behind and writes down what it did; 
 what it finished before.
 """
 
-import socket
 import time
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from cluster import dask_lease, session
+from cluster import dask_lease, ports, session
 from cluster.device import Device
 from cluster.environment import Environment
 from jobs import progress, report, sweep, training_set
@@ -33,6 +32,8 @@ from models.registry import Registry, Trial
 # From so many events on, features are spread over Dask workers unasked: one process would hold
 # tens of gigabytes.
 DASK_EVENTS = 100_000_000
+
+LentT = TypeVar("LentT", bound=dask_lease.Workers)
 
 
 def execute(
@@ -63,7 +64,16 @@ def execute(
         goes on.
     """
     with ExitStack() as stack:
-        work = _Work(pipeline, run, environment, base, console, device, dask_workers, stack)
+        work = _Work(
+            pipeline=pipeline,
+            run=run,
+            environment=environment,
+            base=base,
+            console=console,
+            device=device,
+            dask_workers=dask_workers,
+            stack=stack,
+        )
         try:
             run = run.do("ingest", work.ingest)
             run = work.run = run.do("validate", work.validate)
@@ -86,65 +96,61 @@ def execute(
         return run
 
 
+@dataclass(kw_only=True)
 class _Work:
     """The steps, and the cluster and registry that they share."""
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        run: Run,
-        environment: Environment,
-        base: Path,
-        console: Console,
-        device: Device,
-        dask_workers: int | None,
-        stack: ExitStack,
-    ) -> None:
-        self.pipeline, self.run, self.environment = pipeline, run, environment
-        self.base, self.console, self.dask_workers = base, console, dask_workers
-        self.device = device
-        self.tables = environment.storage_root
-        self._stack = stack
-        self._leased, self._warm = ExitStack(), ExitStack()
-        self._session: session.Session | None = None
+    pipeline: Pipeline
+    run: Run
+    environment: Environment
+    base: Path
+    console: Console
+    device: Device
+    dask_workers: int | None
+    stack: ExitStack
+    _leased: ExitStack = field(default_factory=ExitStack)
+    _warm: ExitStack = field(default_factory=ExitStack)
 
-    def connect(self) -> session.Session:
-        """The Ray cluster: connected at the first call, closed at the run's end."""
-        if self._session is None:
-            address = self.environment.ray_address
-            with self.console.status("connecting to Ray"):
-                self._session = self._stack.enter_context(session.connect(address=address))
-        return self._session
+    @property
+    def tables(self) -> str:
+        return self.environment.storage_root
 
     @cached_property
-    def lease(self) -> dask_lease.Lease | dask_lease.Standing | None:
+    def cluster(self) -> session.Session:
+        """The Ray cluster, connected to until the run's end."""
+        with self.console.status("connecting to Ray"):
+            return self.stack.enter_context(session.connect(address=self.environment.ray_address))
+
+    @cached_property
+    def lease(self) -> dask_lease.Workers | None:
         """Dask workers for the features, if any are wanted; the sweep ends them."""
         standing = self.environment.dask_address
         workers = self.dask_workers
         if standing is not None and workers is None:
-            self._stack.callback(self._leased.close)
-            return self._leased.enter_context(dask_lease.attach(standing))
+            return self._until_sweep(dask_lease.attach(standing))
         if workers is None:
             validated = self.run.step("validate").detail
             events = sum(validated[each.table]["rows"] for each in self.pipeline.features.values())
-            workers = int(self.connect().cpus) if events >= DASK_EVENTS else 0
+            workers = int(self.cluster.cpus) if events >= DASK_EVENTS else 0
         if not workers or not self.pipeline.features:
             return None
-        self.connect()
-        # Ended before the session that it runs on.
-        self._stack.callback(self._leased.close)
-        return self._leased.enter_context(dask_lease.lease(workers=workers))
+        # The cluster before the lease, so that it ends after it.
+        _ = self.cluster
+        return self._until_sweep(dask_lease.lease(workers=workers))
+
+    def _until_sweep(self, lent: AbstractContextManager[LentT]) -> LentT:
+        self.stack.callback(self._leased.close)
+        return self._leased.enter_context(lent)
 
     @cached_property
     def warm(self) -> sweep.Pool:
         """Actors that train, one a GPU or CPU; the sweep starts them and `register` ends them."""
         # A lease's workers hold CPUs that the actors would wait for.
         self._leased.close()
-        cluster = self.connect()
-        gpus = int(cluster.gpus) if self.device.kind == "cuda" else 0
-        self._stack.callback(self._warm.close)
+        gpus = int(self.cluster.gpus) if self.device.kind == "cuda" else 0
+        self.stack.callback(self._warm.close)
         with self.console.status("waiting for room on the cluster"):
-            actors = sweep.pool(gpus or max(1, int(cluster.cpus)), gpus=1 if gpus else 0)
+            actors = sweep.pool(gpus or max(1, int(self.cluster.cpus)), gpus=1 if gpus else 0)
             return self._warm.enter_context(actors)
 
     @cached_property
@@ -303,7 +309,7 @@ class _Work:
         from serving import app
 
         start = time.perf_counter()
-        self.connect()
+        _ = self.cluster
         wanted = urlsplit(self.environment.serve_url or "")
         with self.console.status("starting Ray Serve"):
             # A cluster that stays serves every champion; this run's own, its models.
@@ -311,19 +317,20 @@ class _Work:
             url = app.serve(
                 self.environment.tracking_uri,
                 host=wanted.hostname or "127.0.0.1",
-                port=wanted.port or _free_port(),
+                port=wanted.port or ports.free(1)[0],
                 models=None if stays else list(self.pipeline.targets),
             )
         if not stays:
-            self._stack.callback(app.stop)
+            self.stack.callback(app.stop)
         scored: dict[str, list[dict[str, Any]]] = {}
         for name in self.pipeline.targets:
-            frame, matrices = self._matrices(name)
+            frame = training_set.load(name, self.tables, self._version(name))
+            names = self._feature_names(name)
             tells = training_set.told_by(self.pipeline.targets[name], self.pipeline)
             rows = frame.filter(frame[training_set.SPLIT] == "test")
             rows = rows.unique(tells or None, keep="last", maintain_order=True).tail(5)
             tells = tells or [training_set.ROW]
-            features = rows.select(matrices.encoder.feature_names)
+            features = rows.select(names)
             scores = score_rows(url, name, features)
             told = rows.select(tells)
             scored[name] = [
@@ -336,14 +343,19 @@ class _Work:
     def _journal(self, name: str) -> Path:
         return self.run.folder / f"sweep-{name}.jsonl"
 
+    def _version(self, name: str) -> int:
+        return int(self.run.step("training").detail[name]["version"])
+
     def _data_version(self, name: str) -> str:
-        return f"training/{name}@{self.run.step('training').detail[name]['version']}"
+        return f"training/{name}@{self._version(name)}"
+
+    def _feature_names(self, name: str) -> list[str]:
+        columns = training_set.feature_columns(self.pipeline.targets[name], self.pipeline)
+        return [column.name for column in columns]
 
     def _matrices(self, name: str) -> tuple[Any, training_set.Matrices]:
-        version = self.run.step("training").detail[name]["version"]
-        frame = training_set.load(name, self.tables, version)
-        columns = training_set.feature_columns(self.pipeline.targets[name], self.pipeline)
-        return frame, training_set.encode(frame, [column.name for column in columns])
+        frame = training_set.load(name, self.tables, self._version(name))
+        return frame, training_set.encode(frame, self._feature_names(name))
 
 
 def _used(split: dict[str, int]) -> list[int]:
@@ -370,12 +382,6 @@ def _trial(outcome: sweep.Outcome, seed: int) -> Trial:
         cpu_s=outcome.cpu_s,
         curve=outcome.curve,
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _step(

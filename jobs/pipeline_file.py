@@ -12,7 +12,8 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from jobs.config import Pipeline, suggestion
+from jobs.config import Pipeline
+from models.naming import suggestion
 
 
 class ConfigError(ValueError):

@@ -5,7 +5,7 @@ rows choose: the variant, or the weights of the best few together, and whether t
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from cluster.files import replace_text
 from jobs.sweep import Outcome
 from jobs.training_set import LABEL, SPLIT, FeatureColumn, Matrices
 from models import baseline, calibration, ensemble, importance
@@ -123,7 +124,8 @@ def register(
     lost_p = importance.permutation(
         predict, matrices.x["validate"], matrices.y["validate"], seed=seed
     )
-    _write(evaluation, _evaluation(y_test, scores_n, simple, lost_p, matrices, columns))
+    told = _evaluation(y_test, scores_n, simple, lost_p, matrices, columns)
+    replace_text(evaluation, json.dumps(told))
 
     said = {column.name: column for column in columns}
     card = registry.register(
@@ -262,9 +264,3 @@ def _curves(y: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
             "count": count.tolist(),
         },
     }
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    aside = file.with_suffix(".new")
-    aside.write_text(json.dumps(content), encoding="utf-8")
-    aside.replace(file)

@@ -5,7 +5,6 @@ page of what it got to.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from cluster.files import replace_text
 
 # Metric to its title, whether more is better, and its name in summary.json's targets.
 METRICS: dict[str, tuple[str, bool, str]] = {
@@ -93,13 +94,8 @@ def write(folder: Path) -> Path:
             f"({type(error).__name__}: {error}). Run the pipeline again, or make the report with "
             "the version that ran it"
         ) from error
-    # Written aside and renamed, so that a reader sees the old page or the new one, whole.
-    aside = folder / f"report.html.{os.getpid()}"
-    try:
-        aside.write_text(page, encoding="utf-8")
-        return aside.replace(folder / "report.html")
-    finally:
-        aside.unlink(missing_ok=True)
+    replace_text(folder / "report.html", page)
+    return folder / "report.html"
 
 
 def explained(name: str, values: Sequence[Any], scores: Sequence[float]) -> Setting:

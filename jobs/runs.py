@@ -1,7 +1,6 @@
 """A run's folder: what was done so far, written so that a killed driver loses no finished step."""
 
 import json
-import os
 import secrets
 import subprocess
 from collections.abc import Callable
@@ -9,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from cluster.files import replace_text
 
 STEPS = ("ingest", "validate", "features", "training", "sweep", "register", "serve")
 # Keys of a step's detail that the summary repeats at its top.
@@ -99,10 +100,8 @@ class Run:
         for step in run.steps:
             # What whole-run readers look for, out of the steps that make it.
             content.update({key: step.detail[key] for key in SUMMARY if key in step.detail})
-        # Written aside and renamed, so that a reader sees the old file or the new one, whole.
-        aside = self.folder / f"summary.json.{os.getpid()}"
-        aside.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-        aside.replace(self.folder / "summary.json")
+        text = json.dumps(content, indent=2, default=str) + "\n"
+        replace_text(self.folder / "summary.json", text)
         return run
 
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from cluster import estimators
 from cluster.device import choose
+from cluster.files import replace_text
 from jobs.sweep_board import Board, Halving, Listed, Outcome, Pack, Source, key
 from models import forest
 from models.families import FAMILIES, Fitted, TrainingData, Variant, cost, packs
@@ -442,9 +443,7 @@ def _read(journal: Path) -> dict[str, Outcome]:
     whole = [line for line in lines if line.endswith("\n")]
     if len(whole) < len(lines):
         # A driver killed while it wrote leaves half a line; what comes next must not join it.
-        aside = journal.with_suffix(".whole")
-        aside.write_text("".join(whole), encoding="utf-8")
-        aside.replace(journal)
+        replace_text(journal, "".join(whole))
     for line in whole:
         outcome = Outcome(**json.loads(line))
         done[key(outcome.variant)] = outcome

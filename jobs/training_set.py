@@ -6,23 +6,21 @@ what tells the row, and its number `_row`.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 
 from cluster import dask_lease, storage
 from jobs.config import Features, Pipeline, Target
-from jobs.features import scan_events, scan_tables, with_lookups
+from jobs.features import engine, scan_events, scan_tables, with_lookups
 from models import split
 from models.encoding import Encoder
 from models.families import TrainingData
-from models.features import compute_at, computed_by, describe
+from models.features import compute_at, describe
 
 LABEL, SPLIT, CUTOFF, KNOWN, ROW = "_label", "_split", "_cutoff", "_known", "_row"
 _TIME = pl.Datetime("us")
@@ -85,7 +83,7 @@ def assemble(
     pipeline: Pipeline,
     root: str | Path,
     *,
-    lease: dask_lease.Lease | dask_lease.Standing | None = None,
+    lease: dask_lease.Workers | None = None,
 ) -> Assembled:
     """Bring the table `training/NAME` up to its sources in at most one commit.
 
@@ -103,10 +101,8 @@ def assemble(
     """
     target = pipeline.targets[name]
     versions = {source: storage.version(root, source) for source in _sources(target, pipeline)}
-    said = f"{versions} {pipeline.seed} {target.model_dump_json()} " + " ".join(
-        pipeline.features[group].model_dump_json() for group in target.features
-    )
-    made_of = blake2b(said.encode(), digest_size=16).hexdigest()
+    groups = " ".join(pipeline.features[group].model_dump_json() for group in target.features)
+    made_of = storage.digest(versions, pipeline.seed, target.model_dump_json(), groups)
     table = f"training/{name}"
     onto = storage.latest(root, table)
     before = {} if onto is None else storage.metadata(root, table, onto)
@@ -134,7 +130,7 @@ def assemble(
             "purged": frame[SPLIT].null_count() - unknown,
             "unknown": unknown,
         },
-        "engine": _engine(target, pipeline, lease),
+        "engine": engine((pipeline.features[group] for group in target.features), lease),
     }
     told = [column for column in told_by(target, pipeline) if column not in features]
     version = storage.write(
@@ -146,13 +142,6 @@ def assemble(
         metadata={"made_of": made_of, "assembled": json.dumps(made), "sources": str(versions)},
     )
     return Assembled(**made, version=version, new=True)  # type: ignore[arg-type]
-
-
-def _engine(
-    target: Target, pipeline: Pipeline, lease: dask_lease.Lease | dask_lease.Standing | None
-) -> str:
-    engines = {computed_by(pipeline.features[group]) for group in target.features} or {"polars"}
-    return ", ".join(sorted(engines)) + (f" on {lease.workers} Dask workers" if lease else "")
 
 
 def load(name: str, root: str | Path, version: int) -> pl.DataFrame:
@@ -255,7 +244,7 @@ def _features(
     frame: pl.DataFrame,
     root: str | Path,
     versions: dict[str, int],
-    lease: dask_lease.Lease | dask_lease.Standing | None,
+    lease: dask_lease.Workers | None,
 ) -> pl.DataFrame:
     """The group's features at each row's own cutoff, in the rows' order."""
     keys = frame.select(declared.entity, cutoff=CUTOFF).with_row_index("_place")
@@ -263,10 +252,7 @@ def _features(
     parted = storage.with_partition(keys.lazy(), declared.entity, count).collect()
     work = partial(_part_features, declared, str(root), versions)
     parts = [rows for _, rows in parted.group_by(storage.PART, maintain_order=True)]
-    done: Iterable[Any] = (
-        map(work, parts) if lease is None else dask_lease.map_partitions(work, parts, lease)
-    )
-    whole: pl.DataFrame = pl.concat(list(done))
+    whole: pl.DataFrame = pl.concat(list(dask_lease.map_partitions(work, parts, lease)))
     return whole.sort("_place").drop("_place")
 
 

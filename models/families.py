@@ -5,12 +5,13 @@ A family is one module with one function, `fit_pack(variants, data) -> list[Fitt
 trains variants that share work for less than each alone, with the same result.
 """
 
-import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+
+from models.naming import suggestion
 
 Variant = Mapping[str, Any]
 
@@ -232,10 +233,9 @@ def completed(family: str, variant: Variant, defaults: Variant) -> dict[str, Any
     settings = {**defaults, **{name: v for name, v in variant.items() if name != "family"}}
     for name in settings:
         if name not in defaults:
-            close = difflib.get_close_matches(name, list(defaults), n=1)
             raise VariantError(
                 f"setting {name!r} isn't known to {family!r}; allowed: {sorted(defaults)}"
-                + (f"; did you mean {close[0]!r}?" if close else "")
+                f"{suggestion(name, defaults)}"
             )
         if type(defaults[name]) is int and (type(settings[name]) is not int):
             raise VariantError(

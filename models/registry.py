@@ -6,7 +6,6 @@ the repository's root. What is known of it, its `Card`, is in its tags. Loading 
 connect only to a registry whose writers you trust. Knows nothing of how models are trained.
 """
 
-import difflib
 import fcntl
 import hashlib
 import json
@@ -33,6 +32,7 @@ import numpy as np
 import polars as pl
 
 from models import sweep_rows
+from models.naming import suggestion
 from models.scoring import Scorer
 
 P = ParamSpec("P")
@@ -553,11 +553,7 @@ class Registry:
             return model
         names = sorted(model.name for model in _pages(self._client.search_registered_models))
         there = f"there are: {names}" if names else "none is registered yet"
-        close = difflib.get_close_matches(name, names, n=1)
-        raise RegistryError(
-            f"model {name!r} isn't registered; {there}"
-            + (f"; did you mean {close[0]!r}?" if close else "")
-        )
+        raise RegistryError(f"model {name!r} isn't registered; {there}{suggestion(name, names)}")
 
     def _versions(self, name: str) -> dict[int, Any]:
         """MLflow's entries of the versions that `register` made of a model, ascending."""

@@ -3,12 +3,13 @@
 import atexit
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
+
+from cluster import ports
 
 
 def environment() -> dict[str, str]:
@@ -57,7 +58,7 @@ def _haproxy_environment() -> dict[str, str]:
     if node is not None and node.is_head():
         # The cluster is this process's own, and ends before it.
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    metrics_port, stats_port = _free_ports(2)
+    metrics_port, stats_port = ports.free(2)
     starter = folder / "haproxy"
     starter.write_text(
         _STARTER.format(
@@ -100,14 +101,3 @@ _STARTER = textwrap.dedent(
     os.execv({binary!r}, [{binary!r}, *sys.argv[1:]])
     """
 )
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

@@ -1,5 +1,6 @@
 """Features from a stored table: the same here and over Dask workers, made anew only when needed."""
 
+import datetime as dt
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,18 +115,33 @@ def test_a_new_cutoff_adds_its_rows_only_while_the_past_stands(root: Path) -> No
     assert 0 < more.computed < more.rows
     added = table(root, more.version)
 
-    # A day that changes what was looked at makes all rows anew.
+    # Later events alone change no row.
+    same = build("orders", declared("2024-03-10"), root)
+    assert not same.new
+    storage.write(root, "orders", late, mode="append", onto=onto + 1, metadata={})
+    onto += 1
+    same = build("orders", declared("2024-03-10"), root)
+    assert (same.new, same.computed) == (True, 0)
+    assert table(root, same.version).equals(added)
+
+    # An early one makes anew the rows that look at it, and no others.
     early = late.with_columns(at=pl.datetime(2024, 2, 20))
     storage.write(root, "orders", early, mode="append", onto=onto + 1, metadata={})
     anew = build("orders", declared("2024-03-11"), root)
-    assert anew.computed == anew.rows
-    assert not table(root, anew.version).equals(added)
+    assert 0 < anew.computed < anew.rows
+    after = table(root, anew.version)
+    seen = pl.col("cutoff") >= dt.datetime(2024, 2, 11)
+    assert not after.filter(seen).equals(added.filter(seen))
+    assert after.filter(~seen).equals(added.filter(~seen))
 
     # And what was added is what is made in one go.
     other = build("others", declared("2024-02-25"), root)
     storage.write(root, "orders", late, mode="append", onto=onto + 2, metadata={})
     other = build("others", declared("2024-03-11"), root)
-    whole = build("orders", declared("2024-03-11"), root)
+    whole = build("whole", declared("2024-03-11"), root)
     assert other.computed < other.rows and whole.computed == whole.rows
-    others = storage.scan(root, "features/others", other.version).collect()
-    assert others.sort("customer", "cutoff").equals(table(root, whole.version))
+    orders = build("orders", declared("2024-03-11"), root)
+    for name, built in (("others", other), ("orders", orders)):
+        pieced = storage.scan(root, f"features/{name}", built.version).collect()
+        in_one_go = storage.scan(root, "features/whole", whole.version).collect()
+        assert pieced.sort("customer", "cutoff").equals(in_one_go.sort("customer", "cutoff"))
