@@ -8,6 +8,11 @@ time counts. Every contender reads Parquet and leaves one table in memory: 50 fe
 Where ../shared is absent, the events are this module's own, and the one peer is the project's
 Polars form.
 
+Featuretools runs at 100,000 events, on the lifetime and windowed aggregations that it has. Its
+dependencies exclude the project's, so it has an environment of its own:
+LIFTYARD_PEER_ENVIRONMENTS names a folder with `featuretools/`, a virtual environment that holds
+featuretools, pyarrow and what it needs; else it is skipped, with the reason in the JSON.
+
 More than 30 million events or 24 cutoffs make a table larger than memory: ours then runs in parts
 (`compute_parts`), each dropped once it is made, beside the same at 10 million events and 12
 cutoffs, and the peers stay out.
@@ -35,6 +40,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+PEERS_VARIABLE = "LIFTYARD_PEER_ENVIRONMENTS"
 PEERS = Path(__file__).parents[2] / "shared" / "peers" / "features"
 HORIZON_DAYS = 90
 WINDOWS = (7, 30, 90, 365)
@@ -277,6 +283,97 @@ def polars_form(path: Path, when: list[datetime]) -> pl.DataFrame:
     moments = [micros(moment) for moment in when]
     found = engine.at_cutoffs(pl.scan_parquet(path), spec, known, moments)
     return found.rename({k: v for k, v in NAMES.items() if k in found.columns})
+
+
+FEATURETOOLS = """
+import json, sys, time, warnings
+from datetime import datetime
+warnings.simplefilter("ignore")
+import featuretools, pandas as pd
+path, out, when, windows = json.loads(sys.argv[1])
+events = pd.read_parquet(path).reset_index(names="event")
+when = [datetime.fromisoformat(moment) for moment in when]
+began = time.perf_counter()
+shop = featuretools.EntitySet("shop")
+shop.add_dataframe(
+    dataframe_name="e", dataframe=events, index="event", time_index="ts",
+    logical_types={"category": "Categorical", "channel": "Categorical"},
+)
+shop.normalize_dataframe(
+    base_dataframe_name="e", new_dataframe_name="customers", index="customer_id"
+)
+shop.add_last_time_indexes()
+rows = pd.concat(
+    pd.DataFrame(
+        {"customer_id": events.loc[events["ts"] < m, "customer_id"].drop_duplicates(), "time": m}
+    )
+    for m in when
+)
+tables = {
+    window: featuretools.dfs(
+        entityset=shop, target_dataframe_name="customers", cutoff_time=rows.copy(),
+        agg_primitives=["count", "sum", "mean", "max", "std", "num_unique"], trans_primitives=[],
+        training_window=window and f"{window} days", include_cutoff_time=False,
+        cutoff_time_in_index=True,
+    )[0]
+    for window in [None, *windows]
+}
+seconds = time.perf_counter() - began
+names = {"COUNT(e)": "cnt", "SUM(e.amount)": "sum", "MEAN(e.amount)": "mean",
+         "MAX(e.amount)": "max", "STD(e.amount)": "std", "NUM_UNIQUE(e.category)": "ncat"}
+whole = pd.concat(
+    [t[[*names]].astype(float).rename(columns=lambda c: f"{names[c]}_{w or 'lifetime'}")
+     for w, t in tables.items()], axis=1,
+).reset_index()
+whole.to_parquet(out)
+print(json.dumps(seconds))
+"""
+
+
+def featuretools_figures(path: Path, when: list[datetime], folder: Path) -> dict[str, Any]:
+    """Featuretools' time on a small file, beside ours; the features that both have are equal."""
+    root = os.environ.get(PEERS_VARIABLE)
+    python = Path(root or "", "featuretools", "bin", "python")
+    if root is None or not python.exists():
+        reason = f"skipped: {PEERS_VARIABLE} names no folder with featuretools/bin/python"
+        return {"featuretools": reason}
+    events = pl.read_parquet(path)
+    out = folder / "featuretools.parquet"
+    asked = json.dumps([str(path), str(out), [m.isoformat() for m in when], WINDOWS])
+    told = subprocess.run(
+        [str(python), "-c", FEATURETOOLS, asked], check=True, capture_output=True, text=True
+    )
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        mine = ours(path, when)
+        seconds.append(time.perf_counter() - began)
+    theirs = pl.read_parquet(out).rename({"time": "cutoff"})
+    theirs = theirs.with_columns(pl.col("cutoff").cast(mine.schema["cutoff"]))
+    kinds = {
+        "cnt": "buys_count",
+        "ncat": "category_distinct",
+        **{how: f"amount_{how}" for how in ("sum", "mean", "max", "std")},
+    }
+    spans = {"lifetime": "lifetime", **{str(w): f"{w}d" for w in WINDOWS}}
+    both = mine.join(theirs, on=["customer_id", "cutoff"], how="inner", validate="1:1")
+    worst = 0.0
+    for span, own in spans.items():
+        for how, name in kinds.items():
+            a = both[f"{name}_{own}"].cast(pl.Float64)
+            # Where a window is empty, what has no value is null in ours and 0 or null in theirs.
+            b = both[f"{how}_{span}"].fill_nan(None)
+            off = (a - b).abs() / pl.select(pl.max_horizontal(a.abs(), pl.lit(1e-3))).to_series()
+            worst = max(worst, off.max() or 0.0)  # type: ignore[arg-type, type-var]
+    return {
+        "featuretools": "1.31",
+        "featuretools_events": events.height,
+        "featuretools_features": len(kinds) * len(spans),
+        "featuretools_s": json.loads(told.stdout.splitlines()[-1]),
+        "ours_at_featuretools_events_s": min(seconds),
+        "featuretools_rows_equal": both.height == mine.height == theirs.height,
+        "featuretools_worst_difference": worst,
+    }
 
 
 CONTENDERS: dict[str, Callable[[Path, list[datetime]], pl.DataFrame]] = {
@@ -568,6 +665,8 @@ def main() -> None:
                 "ratio_pandas": min(pandas["s"]) / min(mine["s"]),
                 "equal": figures["equal"] and off < 1e-4,
             }
+            tiny = generate(min(chosen.events, 100_000), chosen.data)
+            figures |= featuretools_figures(tiny, when, folder)
             figures |= online_figures(path, when[-1])
             figures |= lease_figures(path, when, folder)
     text = json.dumps(figures, indent=2)
