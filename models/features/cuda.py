@@ -31,6 +31,7 @@ def compute(
     spec: FeatureSpec,
     cutoffs: Sequence[datetime] | None = None,
     *,
+    labels: bool = False,
     xp: ModuleType | None = None,
 ) -> Any:
     """Computes every declared feature from the events before each cutoff, on the GPU.
@@ -39,6 +40,7 @@ def compute(
         frame: a `cudf.DataFrame`, one row an event; times without a zone are in UTC.
         spec: the declaration.
         cutoffs: moments, naive ones in UTC; None for the spec's own.
+        labels: whether to add the spec's labels, as columns after the features.
         xp: the arrays' module; None for CuPy.
 
     Returns:
@@ -58,7 +60,7 @@ def compute(
     given = sorted({micros(c) for c in (cutoffs if cutoffs is not None else cutoff_times(spec))})
     if not given:
         raise FeatureError("no cutoffs; pass some, or declare them in the spec's cutoffs")
-    made = shape(spec, labels=False)
+    made = shape(spec, labels=labels)
     cuts = np.array(given, np.int64)
     codes, names, sorted_columns = _sorted(frame, spec, xp)
     bounds = xp.searchsorted(codes, xp.arange(len(names) + 1)).astype(np.int64)

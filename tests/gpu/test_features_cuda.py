@@ -30,8 +30,8 @@ def test_cudf_equals_the_cpu_kernel() -> None:
         },
         strict=False,
     ).with_columns(x=pl.when(pl.col("x") > -20).then("x"))
-    cpu = compute(events, spec, cutoffs)
-    gpu = cuda.compute(cudf.DataFrame.from_arrow(events.to_arrow()), spec, cutoffs)
+    cpu = compute(events, spec, cutoffs, labels=True)
+    gpu = cuda.compute(cudf.DataFrame.from_arrow(events.to_arrow()), spec, cutoffs, labels=True)
     assert isinstance(gpu, cudf.DataFrame)
     back = gpu.to_pandas()
     assert back["who"].tolist() == cpu["who"].to_list()
