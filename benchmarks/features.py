@@ -152,6 +152,18 @@ def ours_in_parts(path: Path, when: list[datetime]) -> pl.DataFrame:
     return pl.DataFrame({"rows": [rows], "total": [total]})
 
 
+def ours_cuda(path: Path, when: list[datetime]) -> pl.DataFrame:
+    """The kernel on a GPU, from Parquet to one table that stays there."""
+    import cudf
+
+    from models.features import FeatureSpec, cuda
+
+    spec = FeatureSpec.model_validate(SPEC)
+    table = cuda.compute(cudf.read_parquet(path), spec, when, labels=True)
+    # The table ends where the CPU's does, to be compared; the clock runs on through it.
+    return pl.from_arrow(table.to_arrow())  # type: ignore[return-value]
+
+
 def scan(path: Path, when: list[datetime]) -> pl.DataFrame:
     """Reading the columns, and nothing else."""
     return pl.scan_parquet(path).collect()
@@ -379,7 +391,7 @@ def featuretools_figures(path: Path, when: list[datetime], folder: Path) -> dict
 CONTENDERS: dict[str, Callable[[Path, list[datetime]], pl.DataFrame]] = {
     f.__name__: f
     for f in (
-        ours, ours_in_parts, scan, scan_streaming, polars_masked, polars_sorted,
+        ours, ours_in_parts, ours_cuda, scan, scan_streaming, polars_masked, polars_sorted,
         duckdb_count, duckdb_bits, pandas_masked, polars_form,
     )
 }  # fmt: skip
@@ -442,7 +454,7 @@ def contend(name: str, path: Path, when: list[datetime], folder: Path) -> dict[s
 def worst_difference(folder: Path, peer: str, mine: str = "ours") -> float:
     """The largest relative difference between two tables; infinite where rows or nulls differ."""
     left = pl.scan_ipc(folder / f"{mine}.arrow").rename(NAMES, strict=False)
-    right = pl.scan_ipc(folder / f"{peer}.arrow")
+    right = pl.scan_ipc(folder / f"{peer}.arrow").rename(NAMES, strict=False)
     moments = left.select(pl.col("cutoff").unique()).collect()["cutoff"]
     shared = [n for n in NAMES.values() if n in right.collect_schema()]
     worst = 0.0
@@ -584,6 +596,21 @@ def machine() -> dict[str, Any]:
     }
 
 
+def cuda_figures(path: Path, when: list[datetime], folder: Path) -> dict[str, Any]:
+    """The kernel on a GPU, copy of the table to the host included; equal to the CPU's table."""
+    if importlib.util.find_spec("cudf") is None:
+        return {"cuda": "skipped: cudf isn't installed"}
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    card = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+    run = contend("ours_cuda", path, when, folder)
+    return {
+        "cuda": card,
+        "cuda_s": min(run["s"]),
+        "cuda_worst_difference": worst_difference(folder, "ours_cuda"),
+        "runs_cuda_s": run["s"],
+    }
+
+
 def race(path: Path, when: list[datetime], folder: Path) -> dict[str, Any]:
     """Ours against the peers on one file."""
     peers = ["polars_masked", "polars_sorted", "duckdb_count", "duckdb_bits"]
@@ -652,6 +679,7 @@ def main() -> None:
             }
         else:
             figures |= race(path, when, folder) | compile_figures(folder)
+            figures |= cuda_figures(path, when, folder)
             size = min(chosen.events, 1_000_000)
             fewer = generate(size, chosen.data)
             (folder / "pandas").mkdir()

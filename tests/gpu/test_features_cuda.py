@@ -30,12 +30,33 @@ def test_cudf_equals_the_cpu_kernel() -> None:
         },
         strict=False,
     ).with_columns(x=pl.when(pl.col("x") > -20).then("x"))
-    cpu = compute(events, spec, cutoffs, labels=True)
+    tables = {
+        "exposures": pl.DataFrame(
+            {
+                "who": pl.format("c{}", pl.Series(rng.integers(0, 6_000, 50_000))),
+                "sent": pl.Series(rng.integers(1704067200, 1714067200, 50_000) * 1_000_000).cast(
+                    pl.Datetime("us")
+                ),
+                "eur": rng.normal(1, 1, 50_000),
+            }
+        ),
+        "levels": pl.DataFrame(
+            {
+                "who": ["c1", "c2"],
+                "since": [datetime(2024, 2, 1), datetime(2024, 1, 1)],
+                "level": ["at the cutoff", "gold"],
+                "points": [1.0, 2.0],
+            }
+        ),
+    }
+    cpu = compute(events, spec, cutoffs, labels=True, tables=tables)
     gpu = cuda.compute(cudf.DataFrame.from_arrow(events.to_arrow()), spec, cutoffs, labels=True)
     assert isinstance(gpu, cudf.DataFrame)
     back = gpu.to_pandas()
     assert back["who"].tolist() == cpu["who"].to_list()
-    for name in cpu.columns[2:]:
+    levels = [None if level != level else level for level in back["tier_level"]]
+    assert levels == cpu["tier_level"].to_list()
+    for name in set(cpu.columns[2:]) - {"tier_level"}:
         np.testing.assert_allclose(
             back[name].to_numpy(), cpu[name].to_numpy(), rtol=1e-6, err_msg=name
         )
