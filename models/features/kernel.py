@@ -175,7 +175,7 @@ def _run(
     return Rows(who=who, floats=floats, ints=ints)
 
 
-def _room(shape: tuple[int, ...], dtype: type[np.float32 | np.int32]) -> Array:
+def _room(shape: tuple[int, ...], dtype: type[Any]) -> Array:
     """Memory from Arrow's pool, which keeps what was freed.
 
     Pages that are new to the process can cost more than the scan that fills them.
