@@ -1,4 +1,4 @@
-"""Reads a pipeline file, and names the line that says what isn't allowed.
+"""Reads a YAML file into a model, and names the line that says what isn't allowed.
 
 Knows nothing of what the settings mean.
 """
@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,8 +16,11 @@ from jobs.config import Pipeline
 from models.naming import suggestion
 
 
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
 class ConfigError(ValueError):
-    """A pipeline file says something that isn't allowed; the message names file and line."""
+    """A file says something that isn't allowed; the message names file and line."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
@@ -27,6 +30,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
         path: The YAML file.
         overrides: `key=value` each, the key dotted (`sweep.families.forest.packs=2`, `a.0` for a
             list's first), the value in YAML; they replace what the file says, or add to it.
+
+    Raises:
+        ConfigError: As for `read`.
+    """
+    return read(path, Pipeline, overrides)
+
+
+def read(path: str | Path, model: type[ModelT], overrides: Sequence[str] = ()) -> ModelT:
+    """Read and check a file.
+
+    Args:
+        path: The YAML file.
+        model: What it says.
+        overrides: As for `load`.
 
     Raises:
         ConfigError: The file can't be read, isn't YAML, or says something that isn't allowed.
@@ -45,16 +62,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     except ValueError as error:
         raise ConfigError(f"{path}: a value can't be read: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}:1: got {values!r}; allowed: a mapping with name, seed, tables")
+        needed = [name for name, field in model.model_fields.items() if field.is_required()]
+        raise ConfigError(f"{path}:1: got {values!r}; allowed: a mapping with {', '.join(needed)}")
     for override in overrides:
         _override(values, override)
     try:
-        return Pipeline.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         lines = []
         for problem in error.errors():
             loc = problem["loc"]
-            lines.append(f"{path}:{_line(root, loc)}: {'.'.join(map(str, loc))}: {_say(problem)}")
+            said = f"{'.'.join(map(str, loc))}: {_say(problem, model)}"
+            lines.append(f"{path}:{_line(root, loc)}: {said}")
         raise ConfigError("\n".join(dict.fromkeys(lines))) from error
 
 
@@ -75,10 +94,10 @@ def _line(node: yaml.Node | None, loc: tuple[int | str, ...]) -> int:
     return line
 
 
-def _say(problem: Any) -> str:
+def _say(problem: Any, model: type[BaseModel]) -> str:
     kind, loc, value = problem["type"], problem["loc"], problem["input"]
     if kind == "extra_forbidden":
-        fields = _fields(loc[:-1])
+        fields = _fields(loc[:-1], model)
         return f"unknown key {loc[-1]!r}; allowed: {', '.join(fields)}{suggestion(loc[-1], fields)}"
     if kind == "missing":
         return "this key is missing; add it"
@@ -90,9 +109,9 @@ def _say(problem: Any) -> str:
     return f"got {value!r}; {problem['msg']}"
 
 
-def _fields(loc: tuple[int | str, ...]) -> list[str]:
+def _fields(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
     """The keys allowed in the mapping at `loc`."""
-    at: Any = Pipeline
+    at: Any = model
     for part in loc:
         at = _within(at, str(part))
     return list(at.model_fields) if _is_model(at) else []
