@@ -15,7 +15,6 @@ from pydantic import BaseModel, ValidationError
 from jobs.config import Pipeline
 from models.naming import suggestion
 
-
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
