@@ -1,6 +1,5 @@
 """Features and labels by the kernel: sorts events once, then scans entities on all threads."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from models.features.sorting import (
     Layout,
     Sorted,
     Values,
+    room,
     run_all,
     sort_batches,
     threads,
@@ -138,10 +138,10 @@ def _run(
     made = shape(spec, labels=labels)
     rows = int(first[-1])
     floats, ints = (
-        _room((count, rows), dtype)
+        room((count, rows), dtype)
         for count, dtype in zip(made.outputs, (np.float32, np.int32), strict=True)
     )
-    who = _room((rows,), np.int32)
+    who = room((rows,), np.int32)
     bounds = events.bounds
     if cut_at is not None:
         bounds = np.append(bounds, bounds[-1])
@@ -173,18 +173,6 @@ def _run(
         ]
     )
     return Rows(who=who, floats=floats, ints=ints)
-
-
-def _room(shape: tuple[int, ...], dtype: type[Any]) -> Array:
-    """Memory from Arrow's pool, which keeps what was freed.
-
-    Pages that are new to the process can cost more than the scan that fills them.
-    """
-    import pyarrow as pa
-
-    wanted = np.dtype(dtype)
-    buffer = pa.allocate_buffer(math.prod(shape) * wanted.itemsize)
-    return np.frombuffer(buffer, wanted).reshape(shape)
 
 
 def edges(made: Shape, cuts: Array) -> tuple[Array, Array]:

@@ -5,6 +5,7 @@ enough for a core's cache; the second sorts each bucket there. Both are stable a
 GIL: threads take chunks, then buckets. Knows nothing of features or tables.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -128,6 +129,18 @@ def run_all(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
         return list(pool.map(lambda task: task(), tasks))
 
 
+def room(shape: tuple[int, ...], dtype: type[Any]) -> Array:
+    """Memory from Arrow's pool, which keeps what was freed for a while.
+
+    Pages that are new to the process can cost more than the work that fills them.
+    """
+    import pyarrow as pa
+
+    wanted = np.dtype(dtype)
+    buffer = pa.allocate_buffer(math.prod(shape) * wanted.itemsize)
+    return np.frombuffer(buffer, wanted).reshape(shape)
+
+
 class Buckets:
     """The first sort: columns, by bucket of neighbouring entities."""
 
@@ -143,11 +156,11 @@ class Buckets:
         self.layout, self.shift = layout, shift
         self.edges = np.zeros(counts.size + 1, np.int64)
         np.cumsum(counts, out=self.edges[1:])
-        self.code = np.empty(n, np.int32)
-        self.times = np.empty(n, np.int64)
-        self.measures = np.empty((layout.measures, n), np.float64)
-        self.values = np.empty((len(layout.first_values), n), np.int32)
-        self.flags = np.empty(n if layout.flags else 0, np.uint32)
+        self.code = room((n,), np.int32)
+        self.times = room((n,), np.int64)
+        self.measures = room((layout.measures, n), np.float64)
+        self.values = room((len(layout.first_values), n), np.int32)
+        self.flags = room((n if layout.flags else 0,), np.uint32)
 
     def add(self, batch: Batch, cursors: Array) -> int:
         """Scatters a batch; moves the cursors, each bucket's next place.
@@ -198,8 +211,8 @@ def finish(buckets: Buckets, values: Values, beyond: int) -> Sorted:
     """
     layout, shift, edges, n = buckets.layout, buckets.shift, buckets.edges, len(buckets.times)
     bounds = np.full(layout.entities + 1, n, np.int64)
-    previous = np.empty((len(values.distinct), n), np.int32)
-    slots = np.empty((len(values.categories), n), np.uint16)
+    previous = room((len(values.distinct), n), np.int32)
+    slots = room((len(values.categories), n), np.uint16)
     slot_of = np.zeros((len(slots), max(values.sizes, default=0) + 1), np.uint16)
     for row, (_, lookup) in zip(slot_of, values.categories, strict=True):
         row[: len(lookup)] = lookup
