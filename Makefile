@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 LOCK := requirements/cpu.lock
 
-.PHONY: help setup demo check test aws multihost bench lock clean
+.PHONY: help setup demo check test multihost bench lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,10 +26,7 @@ check: setup ## Lint, format, types, import contracts
 	$(BIN)/lint-imports
 
 test: check ## Check, then run the tests
-	$(BIN)/python -m pytest --ignore=tests/multihost --ignore=tests/infra/test_terraform_aws.py
-
-aws: setup ## Apply environments/aws to an emulator, and destroy it (minutes)
-	$(BIN)/python -m pytest tests/infra/test_terraform_aws.py
+	$(BIN)/python -m pytest --ignore=tests/multihost
 
 multihost: setup ## Run the tests over hosts made of network namespaces (as root)
 	$(BIN)/python -m pytest --timeout=900 tests/multihost

@@ -5,8 +5,11 @@
 Clients submit at once jobs of four priorities, each client for a team of its own with a quota; then
 the dispatcher works on a Ray cluster of this machine and is killed five times meanwhile. Each job
 appends a line to a file, so that lost and doubled ones are counted where they ran. The overhead is
-measured apart, on an idle cluster: from the call that submits to the first line of the job's
-program, by the queue and by Ray's own submission in turns; the difference of the medians counts.
+measured apart, on an idle cluster, by the queue and by Ray's own submission in turns. It is the
+time outside of Ray: from the call that submits to the call of Ray, and from the first command of
+the shell that Ray starts to the first line of the job's program; the difference of the medians.
+What Ray itself takes between the two varies by more than that, and is in `ray_ms` and `queue_ms`,
+from the call that submits to the program's first line.
 """
 
 import argparse
@@ -21,14 +24,18 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cluster import environment, local
-from jobs.dispatch import RayJobs, dispatch
-from jobs.queue import Queue, Spec, file_of
+from cluster import local
+from cluster.environment import Environment
+from jobs import queue as queues
+from jobs.dispatch import dispatch
+from jobs.queue import Queue, Spec
+from jobs.submission import RayJobs
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENTS = 4
@@ -47,9 +54,9 @@ def spec(folder: Path, name: str, *, team: str, priority: int) -> Spec:
     )
 
 
-def submit_all(file: Path, folder: Path, client: int, count: int) -> None:
+def submit_all(url: str, folder: Path, client: int, count: int) -> None:
     """One client's jobs, priorities in turns."""
-    queue = Queue(file)
+    queue = Queue(url)
     for n in range(count):
         queue.submit(spec(folder, f"{client}-{n}", team=f"team-{client}", priority=n % PRIORITIES))
 
@@ -65,13 +72,14 @@ def inversions(queue: Queue) -> int:
     return found
 
 
-def under_fire(queue: Queue, home: Path, folder: Path, jobs: int, slots: int) -> dict[str, Any]:
+def under_fire(where: Environment, folder: Path, jobs: int, slots: int) -> dict[str, Any]:
     """Submits, dispatches, kills, and counts."""
+    queue = queues.of(where)
     clients = [
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "benchmarks.jobs", "--client", str(client)),
-                *("--queue", str(queue.file), "--folder", str(folder)),
+                *("--queue", queue.url, "--folder", str(folder)),
                 *("--jobs", str(jobs // CLIENTS)),
             ],
             cwd=ROOT,
@@ -84,7 +92,8 @@ def under_fire(queue: Queue, home: Path, folder: Path, jobs: int, slots: int) ->
     for client in range(CLIENTS):
         queue.set_team(f"team-{client}", quota_cpus=max(1, slots // 2))
     start, kills = time.monotonic(), 0
-    command = [sys.executable, "-m", "jobs.dispatch", f"--home={home}", f"--slots={slots}"]
+    command = [sys.executable, "-m", "jobs.dispatch", f"--queue={where.queue}"]
+    command += [f"--dashboard={where.dashboard_url}", f"--slots={slots}"]
     dispatcher = subprocess.Popen(command, cwd=ROOT)
     try:
         while left := len(queue.jobs(states=("WAITING", "RUNNING"))):
@@ -111,46 +120,54 @@ def under_fire(queue: Queue, home: Path, folder: Path, jobs: int, slots: int) ->
     }
 
 
-def overhead(where: environment.Environment, folder: Path, pairs: int) -> dict[str, Any]:
-    """Milliseconds from the call that submits to the program's first line."""
-    file = folder / "began"
-    queue, engine = Queue(folder / "overhead.sqlite"), RayJobs(where)
-    ended = threading.Event()
+class Stamped(RayJobs):
+    """Ray's job submission, with the time of each call, and of each shell's first command."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        super().__init__(url)
+        self.folder, self.called = folder, 0.0
+
+    def submit(self, id: str, entrypoint: str, spec: Spec) -> None:
+        self.called = time.time()
+        super().submit(id, f"date +%s.%N > {self.folder}/shell; {entrypoint}", spec)
+
+
+def overhead(where: Environment, folder: Path, pairs: int) -> dict[str, Any]:
+    """Milliseconds from the call that submits to the program's first line, by queue and by Ray."""
+    engine = Stamped(where.dashboard_url or "", folder)
+    queue, ended = Queue(f"sqlite:///{folder}/overhead.sqlite"), threading.Event()
     settings: dict[str, Any] = {"slots": 1, "ended": ended}
     dispatcher = threading.Thread(target=dispatch, args=(queue, engine), kwargs=settings)
     dispatcher.start()
+    program = f"date +%s.%N > {folder}/program.new && mv {folder}/program.new {folder}/program"
 
-    def began(name: str) -> float:
-        while True:
-            lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
-            for line in lines:
-                if line.startswith(f"{name} "):
-                    return float(line.split()[1])
-            time.sleep(0.02)
-
-    def program(name: str) -> str:
-        return f"echo {name} $(date +%s.%N) >> {file}"
+    def measured(submit: Callable[[], object]) -> tuple[float, float]:
+        """Milliseconds in all, and those outside of Ray: before its call and after its shell."""
+        start = time.time()
+        submit()
+        while not (folder / "program").exists():
+            time.sleep(0.01)
+        began, shell = (float((folder / name).read_text()) for name in ("program", "shell"))
+        (folder / "program").unlink()
+        # The one before has left when the next comes.
+        while engine.living() or queue.jobs(states=("RUNNING",)):
+            time.sleep(0.1)
+        return 1000 * (began - start), 1000 * (engine.called - start + began - shell)
 
     own, ours = [], []
-    raw = RayJobs(where)
     for n in range(pairs):
-        start = time.time()
-        raw.submit(f"raw-{n}", program(f"raw-{n}"))
-        own.append(1000 * (began(f"raw-{n}") - start))
-        # The one before has left when the next comes.
-        while raw.living():
-            time.sleep(0.1)
-        start = time.time()
-        queue.submit(Spec(command=("sh", "-c", program(f"queue-{n}")), folder=str(folder)))
-        ours.append(1000 * (began(f"queue-{n}") - start))
-        while raw.living():
-            time.sleep(0.1)
+        job = Spec(command=("sh", "-c", program), folder=str(folder), key=str(n))
+        own.append(measured(lambda: engine.submit(f"raw-{n}", program, job)))  # noqa: B023
+        ours.append(measured(lambda: queue.submit(job)))  # noqa: B023
     ended.set()
     dispatcher.join()
+    (own_ms, own_outside), (ours_ms, ours_outside) = (
+        [statistics.median(column) for column in zip(*rows, strict=True)] for rows in (own, ours)
+    )
     return {
-        "queue_overhead_ms": round(statistics.median(ours) - statistics.median(own), 1),
-        "ray_ms": round(statistics.median(own), 1),
-        "queue_ms": round(statistics.median(ours), 1),
+        "queue_overhead_ms": round(ours_outside - own_outside, 1),
+        "ray_ms": round(own_ms, 1),
+        "queue_ms": round(ours_ms, 1),
         "pairs": pairs,
     }
 
@@ -163,7 +180,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--client", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--queue", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--queue", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.client is not None:
@@ -177,8 +194,7 @@ def main() -> None:
         try:
             where = local.up(home, cpus=given.slots)
             result = overhead(where, folder, given.pairs)
-            queue = Queue(file_of("local", home))
-            result |= under_fire(queue, home, folder, given.jobs, given.slots)
+            result |= under_fire(where, folder, given.jobs, given.slots)
         finally:
             local.down(home)
     result |= {

@@ -2,13 +2,15 @@
 
 An environment is a name and addresses; nothing is started here. `embedded` has no addresses: all
 runs in the calling process's own cluster. `local` is what `liftyard up` starts. Any other is a
-JSON file `environments/NAME.json` below the home folder, as Terraform's output writes it.
+JSON file `environments/NAME.json` below the home folder, as Terraform's output writes it. A file
+that has no `prices` takes those of `prices.json` below the home folder.
 """
 
 import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pydantic
 
@@ -19,6 +21,40 @@ HOME = Path(".liftyard")
 
 class EnvironmentFileError(ValueError):
     """There is no such environment, or its file can't be used; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """What CPUs and GPUs cost and draw; `prices` of an environment's file, by these names.
+
+    Money is US dollars unless the file means another currency by its numbers. The defaults:
+    `cpu_hour` is half of an m7g.large (2 vCPUs, 0.0816 an hour on demand) and `gpu_hour` a
+    g5.xlarge (1.006) less its 4 vCPUs, EC2 in us-east-1, June 2026. `cpu_watts` is a vCPU at half
+    load, 2.12 W, and `gpu_watts` an A10G's board power, 150 W, both times the data centre's own
+    share of 1.135; these, but for the board's, are Cloud Carbon Footprint's constants for AWS.
+    `grams_per_kwh` is the world's electricity of 2023 (Ember).
+
+    Attributes:
+        cpu_hour: Price of a CPU for an hour.
+        gpu_hour: Price of a GPU for an hour.
+        cpu_watts: Power of a CPU, W.
+        gpu_watts: Power of a GPU, W.
+        grams_per_kwh: Carbon dioxide of the electricity, g/kWh.
+    """
+
+    cpu_hour: float = 0.0408
+    gpu_hour: float = 0.843
+    cpu_watts: float = 2.4
+    gpu_watts: float = 170.0
+    grams_per_kwh: float = 481.0
+
+    def cost(self, *, cpus: float, gpus: float, hours: float = 1.0) -> float:
+        """The price of so many CPUs and GPUs for so many hours."""
+        return (cpus * self.cpu_hour + gpus * self.gpu_hour) * hours
+
+    def carbon_g(self, *, cpus: float, gpus: float, hours: float = 1.0) -> float:
+        """Carbon dioxide of so many CPUs and GPUs for so many hours, g."""
+        return (cpus * self.cpu_watts + gpus * self.gpu_watts) / 1000 * hours * self.grams_per_kwh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +70,9 @@ class Environment:
         tracking_uri: MLflow, `sqlite:////path/mlflow.db` or `http://host:port`.
         storage_root: Root of the tables, an absolute path or `s3://bucket/prefix`.
         serve_url: Where scores are served; None if not yet known.
+        queue: The queue of its jobs, `sqlite:////path/queue.sqlite` or `postgresql://…`; None if it
+            takes no jobs.
+        prices: What its CPUs and GPUs cost and draw.
     """
 
     name: str
@@ -43,6 +82,20 @@ class Environment:
     tracking_uri: str
     storage_root: str
     serve_url: str | None
+    queue: str | None = None
+    prices: Prices = Prices()
+
+
+class _Prices(pydantic.BaseModel):
+    """A price table in an environment's file; what it leaves out has its default."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    cpu_hour: float = pydantic.Field(default=Prices.cpu_hour, ge=0)
+    gpu_hour: float = pydantic.Field(default=Prices.gpu_hour, ge=0)
+    cpu_watts: float = pydantic.Field(default=Prices.cpu_watts, ge=0)
+    gpu_watts: float = pydantic.Field(default=Prices.gpu_watts, ge=0)
+    grams_per_kwh: float = pydantic.Field(default=Prices.grams_per_kwh, ge=0)
 
 
 class _File(pydantic.BaseModel):
@@ -56,6 +109,11 @@ class _File(pydantic.BaseModel):
     tracking_uri: str = pydantic.Field(pattern=r"^(sqlite:////|https?://|postgresql)")
     storage_root: str = pydantic.Field(pattern=r"^(/|[a-z0-9]+://)")
     serve_url: str | None = pydantic.Field(default=None, pattern=r"^https?://")
+    queue: str | None = pydantic.Field(default=None, pattern=r"^(sqlite:////|postgresql://)")
+    prices: _Prices | None = None
+
+
+_Model = TypeVar("_Model", bound=pydantic.BaseModel)
 
 
 def embedded(home: Path = HOME) -> Environment:
@@ -86,7 +144,7 @@ def load(name: str | None, *, home: Path = HOME) -> Environment:
     if name is None or name == "embedded":
         return embedded(home)
     if name.endswith(".json"):
-        return _read(Path(name))
+        return _read(Path(name), home)
     file = file_of(name, home)
     if name == "local":
         head = supervisor.read(services_of(home), "ray-head")
@@ -104,7 +162,7 @@ def load(name: str | None, *, home: Path = HOME) -> Environment:
             f"no environment {name!r}: there are {', '.join(known)}"
             f"{_suggestion(name, known)}. Others are files {file.parent / 'NAME.json'}"
         )
-    return _read(file)
+    return _read(file, home)
 
 
 def file_of(name: str, home: Path) -> Path:
@@ -117,27 +175,37 @@ def services_of(home: Path) -> Path:
     return home / "services"
 
 
-def _read(file: Path) -> Environment:
+def _read(file: Path, home: Path) -> Environment:
+    read = _validated(_File, file)
+    if read is None:
+        raise EnvironmentFileError(f"no environment file {file}")
+    prices = read.prices or _validated(_Prices, home / "prices.json") or _Prices()
+    return Environment(
+        name=file.stem, **{**read.model_dump(), "prices": Prices(**prices.model_dump())}
+    )
+
+
+def _validated(model: type[_Model], file: Path) -> _Model | None:
+    """What a JSON file holds; None where there is none."""
     try:
-        read = _File.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        return model.model_validate(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise EnvironmentFileError(f"no environment file {file}") from None
+        return None
     except json.JSONDecodeError as error:
         raise EnvironmentFileError(
             f"{file}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
         ) from None
     except pydantic.ValidationError as error:
-        faults = "; ".join(_fault(each["loc"], each) for each in error.errors())
+        faults = "; ".join(_fault(model, each["loc"], each) for each in error.errors())
         raise EnvironmentFileError(f"{file}: {faults}") from None
-    return Environment(name=file.stem, **read.model_dump())
 
 
-def _fault(where: tuple[int | str, ...], error: object) -> str:
-    allowed = list(_File.model_fields)
+def _fault(model: type[pydantic.BaseModel], where: tuple[int | str, ...], error: object) -> str:
+    allowed = list((_Prices if len(where) > 1 else model).model_fields)
     said = dict(error)  # type: ignore[call-overload]
     if not where:
         return f"holds {type(said['input']).__name__}, allowed is an object of {allowed}"
-    key = str(where[0])
+    key = str(where[-1])
     if said["type"] == "extra_forbidden":
         return f"unknown key {key!r}: allowed are {', '.join(allowed)}{_suggestion(key, allowed)}"
     if said["type"] == "missing":

@@ -266,17 +266,18 @@ def commit(
         )
         for each in staged
     ]
-    schema = Schema.from_json(staged[0].schema) if staged else None
     properties = _commit(onto, metadata)
     with _one_writer(root, name, onto):
-        if onto is None:
+        table = None if onto is None else DeltaTable(_uri(root, name), version=onto)
+        made = staged or table is None
+        schema = Schema.from_json(staged[0].schema) if made else table.schema()  # type: ignore[union-attr]
+        if table is None:
             create_table_with_add_actions(
                 _uri(root, name), schema, added, partition_by=[PART], commit_properties=properties
             )
         else:
-            table = DeltaTable(_uri(root, name), version=onto)
             table.create_write_transaction(
-                list(added), mode, schema or table.schema(), [PART], commit_properties=properties
+                list(added), mode, schema, [PART], commit_properties=properties
             )
     return _after(onto)
 

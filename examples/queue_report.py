@@ -1,15 +1,19 @@
 """Queues a report that waits for its features, and does both again every weekday at 02:30.
 
+    liftyard up
     python examples/queue_report.py --home .liftyard --env local
 
-Run it twice: the second time it queues nothing new. `python -m jobs.dispatch` runs what is queued.
+Run it twice: the second time it queues nothing new. The dispatcher, which `liftyard up` started,
+runs what is queued; `liftyard jobs` lists it.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from jobs.queue import Queue, Spec, file_of
+from cluster import environment
+from jobs import queue
+from jobs.queue import Spec
 
 
 def main() -> None:
@@ -18,7 +22,7 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=Path(".liftyard"))
     parser.add_argument("--env", default="local")
     given = parser.parse_args()
-    queue = Queue(file_of(given.env, given.home))
+    there = queue.of(environment.load(given.env, home=given.home))
     folder = str(Path.cwd())
 
     def step(line: str, *after: str) -> Spec:
@@ -31,11 +35,11 @@ def main() -> None:
             retries={"lost": 5, "failed": 1},
         )
 
-    features = queue.submit(step("open('features.txt', 'w').write('42')"))
+    features = there.submit(step("open('features.txt', 'w').write('42')"))
     report = step("print('customers:', open('features.txt').read())", features)
-    queue.set_team("crm", quota_cpus=2)
-    queue.set_schedule("report", "30 2 * * 1-5", report, zone="Europe/Berlin")
-    print(features, queue.submit(report))
+    there.set_team("crm", quota_cpus=2)
+    there.set_schedule("report", "30 2 * * 1-5", report, zone="Europe/Berlin")
+    print(features, there.submit(report))
 
 
 if __name__ == "__main__":

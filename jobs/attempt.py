@@ -1,19 +1,17 @@
 """Runs one attempt of a queued job, at most once; the program that Ray starts for the queue.
 
-    python -I -S jobs/attempt.py DATABASE JOB ATTEMPT
+    python -I -S jobs/attempt.py DATABASE LOCKS JOB ATTEMPT
 
 It holds a lock file for as long as the job's command lives, so that an attempt that was taken for
 lost and still runs is waited for, claims the attempt in the queue's database, runs the command and
-writes down how it ended. The command dies with this program. Standard library only: it starts in
-milliseconds, and needs nothing of the packages.
+writes down how it ended. The command dies with this program. It starts in milliseconds, since it
+imports nothing of the packages, and only for PostgreSQL what is not Python's own.
 """
 
-import ctypes
 import fcntl
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -22,11 +20,12 @@ NOT_RUN = 0
 PR_SET_PDEATHSIG = 1
 
 
-def main(database: str, job: str, attempt: int) -> int:
+def main(database: str, locks: str, job: str, attempt: int) -> int:
     """Runs the attempt.
 
     Args:
-        database: The queue's SQLite file, absolute.
+        database: The queue's database, `sqlite:////path` or `postgresql://…`.
+        locks: Folder of the lock files; made if absent.
         job: The job's id.
         attempt: Which one.
 
@@ -34,31 +33,62 @@ def main(database: str, job: str, attempt: int) -> int:
         The command's exit status, or 0 where the job needs no run: it has ended, was stopped, or
         another attempt has taken its place.
     """
-    locks = f"{database}.locks"
     os.makedirs(locks, exist_ok=True)
     with open(os.path.join(locks, job), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        connection = sqlite3.connect(database, timeout=60, isolation_level=None)
-        claimed = connection.execute(
+        # Finished, though this attempt hasn't run: the one before, taken for lost, did the job.
+        claimed = _write(
+            database,
             "UPDATE jobs SET claimed = ?, began = ? WHERE id = ? AND attempt = ?"
-            " AND state = 'RUNNING' AND stop = 0 AND claimed < ? RETURNING spec",
+            " AND state = 'RUNNING' AND stop = 0 AND claimed < ? AND finished IS NULL"
+            " RETURNING spec",
             (attempt, time.time(), job, attempt, attempt),
-        ).fetchone()
+        )
         if claimed is None:
             print(f"attempt {attempt} of {job} isn't wanted any more: nothing is run", flush=True)
             return NOT_RUN
-        spec = json.loads(claimed[0])
+        spec = json.loads(claimed)
         code = _run(spec["command"], spec["folder"], spec["variables"], lock.fileno())
-        connection.execute(
-            "UPDATE jobs SET code = ?, finished = ? WHERE id = ? AND attempt = ?",
-            (code, time.time(), job, attempt),
+        # One that was given up and did the job counts all the same.
+        _write(
+            database,
+            "UPDATE jobs SET code = ?, finished = ? WHERE id = ?"
+            " AND (attempt = ? OR (claimed = ? AND ? = 0)) RETURNING id",
+            (code, time.time(), job, attempt, attempt, code),
         )
-        connection.close()
         return code if code >= 0 else 128 - code
 
 
+def _write(database: str, statement: str, parameters: tuple[object, ...]) -> str | None:
+    """One statement, its first value; tries for as long as the database doesn't answer."""
+    if database.startswith("sqlite:///"):
+        import sqlite3
+
+        connection = sqlite3.connect(
+            database.removeprefix("sqlite:///"), timeout=600, isolation_level=None
+        )
+        row = connection.execute(statement, parameters).fetchone()
+        connection.close()
+        return None if row is None else str(row[0])
+    import psycopg
+
+    while True:
+        try:
+            with psycopg.connect(database, autocommit=True, connect_timeout=10) as remote:
+                row = remote.execute(statement.replace("?", "%s"), parameters).fetchone()
+                remote.execute("NOTIFY liftyard_queue")
+                return None if row is None else str(row[0])
+        except psycopg.OperationalError as error:
+            print(f"the queue's database doesn't answer: {error}", file=sys.stderr, flush=True)
+            time.sleep(2)
+
+
 def _run(command: list[str], folder: str, variables: dict[str, str], lock: int) -> int:
+    import ctypes
+
     parent = os.getpid()
+    paths = [variables.get("PYTHONPATH"), os.environ.get("PYTHONPATH")]
+    joined = {"PYTHONPATH": os.pathsep.join(filter(None, paths))} if any(paths) else {}
 
     def bound() -> None:
         # The command is not to outlive who writes down its end.
@@ -80,7 +110,7 @@ def _run(command: list[str], folder: str, variables: dict[str, str], lock: int) 
         child = subprocess.Popen(
             command,
             cwd=folder,
-            env={**os.environ, **variables},
+            env={**os.environ, **variables, **joined},
             preexec_fn=bound,
             # What it starts holds the lock too, and may outlive it.
             pass_fds=(lock,),
@@ -96,4 +126,4 @@ def _run(command: list[str], folder: str, variables: dict[str, str], lock: int) 
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])))

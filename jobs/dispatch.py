@@ -1,27 +1,28 @@
 """Hands queued jobs to Ray: by priority and fair share, within each team's quota.
 
-    python -m jobs.dispatch --env NAME --home HOME --slots CPUS
+    python -m jobs.dispatch --queue URL --dashboard URL [--slots CPUS]
 
-What is decided is in the queue's file before it is acted on, so that the dispatcher, a submitter or
-the head can be killed at any moment: Ray takes an attempt's id once, and the attempt itself claims
-its row before it runs anything (`jobs/attempt.py`), and writes down how it ended.
+What is decided is in the queue's database before it is acted on, so that the dispatcher, a
+submitter or the head can be killed at any moment: Ray takes an attempt's id once, and the attempt
+itself claims its row before it runs anything (`jobs/attempt.py`), and writes down how it ended.
 """
 
 import argparse
 import json
 import shlex
 import signal
-import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from cluster import environment, supervisor
-from jobs import schedule, submission
+from cluster import keeper, supervisor
+from cluster.environment import Environment, services_of
+from cluster.supervisor import LogLine
+from jobs import schedule
+from jobs.database import Connection, Row
 from jobs.queue import (
     FAILED,
     RUNNING,
@@ -29,23 +30,35 @@ from jobs.queue import (
     SUCCEEDED,
     WAITING,
     Queue,
-    file_of,
+    Spec,
     insert,
     restored,
     utc,
 )
+from jobs.submission import RayJobs
 
 ATTEMPT = Path(__file__).with_name("attempt.py")
+SERVICE = "dispatcher"
+# Without a write to the queue, pauses, limits and schedules are looked at this often.
+IDLE_S = 0.25
+# A cluster's CPUs are asked for anew this often.
+SLOTS_S = 10.0
 
 
 class Engine(Protocol):
     """What runs attempts; `RayJobs` in an environment."""
 
-    def submit(self, id: str, entrypoint: str) -> None:
+    def submit(self, id: str, entrypoint: str, spec: Spec) -> None:
         """Runs a shell command under an id, once: an id it has is left as it is.
+
+        Args:
+            id: The attempt's.
+            entrypoint: The shell command.
+            spec: The job, for what it needs of packages.
 
         Raises:
             OSError: It doesn't answer, or may not have taken it.
+            ValueError: It can't take it, however often it is asked.
         """
 
     def living(self) -> set[str]:
@@ -62,53 +75,53 @@ class Engine(Protocol):
             OSError: It doesn't answer.
         """
 
+    def refusal(self, id: str) -> str:
+        """Why an attempt that is gone couldn't be begun; empty where it isn't known.
 
-class RayJobs:
-    """Ray's job submission as an `Engine`.
+        Raises:
+            OSError: It doesn't answer.
+        """
+
+    def cpus(self) -> float:
+        """CPUs that it has.
+
+        Raises:
+            OSError: It doesn't answer.
+        """
+
+
+def up(where: Environment, home: Path) -> None:
+    """Starts the dispatcher of an environment on this machine, and keeps it running.
 
     Args:
-        where: The environment whose dashboard takes the jobs.
+        where: The environment; it has a queue and a dashboard.
+        home: Liftyard's folder; the dispatcher's state and log go below it.
+
+    Raises:
+        ServiceError: It didn't start.
     """
+    states = services_of(home.resolve())
+    command = [sys.executable, "-m", "jobs.dispatch", f"--queue={where.queue}"]
+    command.append(f"--dashboard={where.dashboard_url}")
+    running = supervisor.read(states, SERVICE)
+    if running is not None and list(running.command[-len(command) :]) != command:
+        # Of a head before this one.
+        keeper.down(states, SERVICE)
+    keeper.up(states, SERVICE, command, ready=[LogLine(pattern=_READY)])
 
-    def __init__(self, where: environment.Environment) -> None:
-        self._where = where
-        self._client: Any = None
 
-    def _connected(self) -> Any:
-        if self._client is None:
-            self._client = submission._client(self._where)
-        return self._client
-
-    def submit(self, id: str, entrypoint: str) -> None:
-        client = self._connected()
-        try:
-            client.submit_job(entrypoint=entrypoint, submission_id=id)
-        except RuntimeError as error:
-            if "already exists" not in str(error):
-                raise ConnectionError(f"Ray didn't take {id}: {error}") from error
-
-    def living(self) -> set[str]:
-        try:
-            listed = self._connected().list_jobs()
-        except RuntimeError as error:
-            raise ConnectionError(f"Ray doesn't list its jobs: {error}") from error
-        return {each.submission_id for each in listed if str(each.status) in ("PENDING", "RUNNING")}
-
-    def stop(self, id: str) -> None:
-        try:
-            self._connected().stop_job(id)
-        except RuntimeError as error:
-            if "does not exist" not in str(error):
-                raise ConnectionError(f"Ray didn't stop {id}: {error}") from error
+def down(home: Path) -> list[str]:
+    """Ends the dispatcher that `up` started; jobs go on. Its name, if there was one."""
+    return [SERVICE] if keeper.down(services_of(home.resolve()), SERVICE) else []
 
 
 def dispatch(
     queue: Queue,
     engine: Engine,
     *,
-    slots: float,
+    slots: float | None,
     ended: threading.Event,
-    interval_s: float = 0.02,
+    interval_s: float = 0.005,
     look_s: float = 2.0,
 ) -> None:
     """Hands jobs over until told to end; waits first for another dispatcher to end.
@@ -116,40 +129,42 @@ def dispatch(
     Args:
         queue: The queue.
         engine: What runs attempts.
-        slots: CPUs that running jobs may take together.
+        slots: CPUs that running jobs may take together; None is all that the engine has.
         ended: Set to end it; jobs go on, and the next dispatcher finds them.
-        interval_s: Time between two looks at the queue.
+        interval_s: Time between two looks whether the queue was written to.
         look_s: Time between two questions what still runs.
     """
-    with dispatching(queue):
-        look_at, pause_s, said = 0.0, interval_s, ""
-        while not ended.is_set():
-            look = time.monotonic() >= look_at
-            if look:
-                look_at = time.monotonic() + look_s
-            try:
-                step(queue, engine, slots=slots, look=look)
-                pause_s, said = interval_s, ""
-            except OSError as error:
-                # A head that restarts; nothing is lost, and once is enough to say so.
-                if str(error) != said:
-                    print(f"queue: {error}", file=sys.stderr, flush=True)
-                pause_s, said = min(2 * pause_s, 5.0), str(error)
-                look_at = 0.0
+    pause_s, said = IDLE_S, ""
+    while not ended.is_set():
+        try:
+            with queue.database.dispatching(), queue.database.watched() as written:
+                look_at, slots_at, free = 0.0, 0.0, slots or 0.0
+                while not ended.is_set():
+                    if slots is None and time.monotonic() >= slots_at:
+                        free, slots_at = engine.cpus(), time.monotonic() + SLOTS_S
+                    look = time.monotonic() >= look_at
+                    if look:
+                        look_at = time.monotonic() + look_s
+                    written()
+                    step(queue, engine, slots=free, look=look)
+                    pause_s, said = IDLE_S, ""
+                    until = time.monotonic() + IDLE_S
+                    while not written() and time.monotonic() < until:
+                        if ended.wait(interval_s):
+                            break
+        except OSError as error:
+            # A head or a database that restarts; nothing is lost, and once is enough to say so.
+            if str(error) != said:
+                print(f"queue: {error}", file=sys.stderr, flush=True)
             ended.wait(pause_s)
-
-
-@contextmanager
-def dispatching(queue: Queue) -> Iterator[None]:
-    """Held by the one dispatcher there may be; another waits, and takes over when it dies."""
-    with supervisor.locked(queue.file.with_suffix(".dispatcher")):
-        yield
+            pause_s, said = min(2 * pause_s, 5.0), str(error)
 
 
 def step(queue: Queue, engine: Engine, *, slots: float, look: bool = True) -> int:
     """Does what there is to do now; called again and again by the dispatcher.
 
     Args:
+        queue: The queue.
         engine: What runs attempts.
         slots: CPUs that running jobs may take together.
         look: Whether to ask the engine what still runs; what ended well or badly by itself
@@ -169,7 +184,7 @@ def step(queue: Queue, engine: Engine, *, slots: float, look: bool = True) -> in
     _end_overdue(queue, engine)
     done = 0
     while (row := _choose(queue, slots)) is not None:
-        _hand_over(queue, engine, row["id"], row["attempt"])
+        _hand_over(queue, engine, row)
         done += 1
     return done
 
@@ -177,7 +192,7 @@ def step(queue: Queue, engine: Engine, *, slots: float, look: bool = True) -> in
 def _tick(queue: Queue) -> None:
     """Queues what schedules are due."""
     now = time.time()
-    with queue.opened() as connection:
+    with queue.database.opened() as connection:
         due = connection.execute("SELECT * FROM schedules WHERE due <= ?", (now,)).fetchall()
     for row in due:
         cron = schedule.parse(row["cron"], zone=row["zone"])
@@ -186,7 +201,7 @@ def _tick(queue: Queue) -> None:
             tick, following = following, schedule.next_after(cron, following)
         key = f"{row['name']} {tick.isoformat()}"
         spec = restored({**json.loads(row["spec"]), "key": key})
-        with queue.changed() as connection:
+        with queue.database.changed() as connection:
             moved = connection.execute(
                 "UPDATE schedules SET due = ? WHERE name = ? AND due = ?",
                 (following.timestamp(), row["name"], row["due"]),
@@ -197,9 +212,12 @@ def _tick(queue: Queue) -> None:
 
 def _settle(queue: Queue) -> None:
     """Ends attempts that wrote down how they ended."""
-    with queue.opened() as connection:
+    with queue.database.opened() as connection:
         finished = connection.execute(
-            "SELECT * FROM jobs WHERE state = ? AND finished IS NOT NULL", (RUNNING,)
+            "SELECT * FROM jobs WHERE finished IS NOT NULL"
+            # One that waits has done its job in an attempt that was taken for lost.
+            " AND (state = ? OR (state = ? AND code = 0))",
+            (RUNNING, WAITING),
         ).fetchall()
     for row in finished:
         if row["code"] == 0:
@@ -217,17 +235,17 @@ def _settle(queue: Queue) -> None:
 
 def _hand_over_again(queue: Queue, engine: Engine) -> None:
     """Of a dispatcher that died between deciding and acting: the engine takes an id once."""
-    with queue.opened() as connection:
+    with queue.database.opened() as connection:
         rows = connection.execute(
-            "SELECT id, attempt FROM jobs WHERE state = ? AND accepted = 0", (RUNNING,)
+            "SELECT id, attempt, spec FROM jobs WHERE state = ? AND accepted = 0", (RUNNING,)
         ).fetchall()
     for row in rows:
-        _hand_over(queue, engine, row["id"], row["attempt"])
+        _hand_over(queue, engine, row)
 
 
 def _look(queue: Queue, engine: Engine) -> None:
     """Finds attempts that are gone without a word, with their head or their machine."""
-    with queue.opened() as connection:
+    with queue.database.opened() as connection:
         # Before the engine is asked: what it has taken since is then in its list.
         rows = connection.execute(
             "SELECT * FROM jobs WHERE state = ? AND accepted = 1", (RUNNING,)
@@ -238,7 +256,7 @@ def _look(queue: Queue, engine: Engine) -> None:
     for row in rows:
         if f"{row['id']}-{row['attempt']}" in living:
             continue
-        with queue.opened() as connection:
+        with queue.database.opened() as connection:
             now = connection.execute(
                 "SELECT * FROM jobs WHERE id = ? AND attempt = ? AND finished IS NULL",
                 (row["id"], row["attempt"]),
@@ -250,12 +268,14 @@ def _look(queue: Queue, engine: Engine) -> None:
             _end(queue, now, STOPPED, "stopped")
         elif now["overdue"]:
             _again(queue, now, "timeout", "took longer than its limit")
+        elif now["began"] is None and (why := engine.refusal(f"{row['id']}-{row['attempt']}")):
+            _end(queue, now, FAILED, why)
         else:
             _again(queue, now, "lost", "the attempt, its head or its machine died")
 
 
 def _end_overdue(queue: Queue, engine: Engine) -> None:
-    with queue.opened() as connection:
+    with queue.database.opened() as connection:
         rows = connection.execute(
             "SELECT id, attempt, stop, began, spec FROM jobs"
             " WHERE state = ? AND accepted = 1 AND finished IS NULL",
@@ -265,20 +285,20 @@ def _end_overdue(queue: Queue, engine: Engine) -> None:
         limit = json.loads(row["spec"])["timeout_s"]
         late = limit is not None and row["began"] and time.time() > row["began"] + limit
         if late and not row["stop"]:
-            with queue.changed() as connection:
+            with queue.database.changed() as connection:
                 connection.execute("UPDATE jobs SET overdue = 1 WHERE id = ?", (row["id"],))
         if late or row["stop"]:
             engine.stop(f"{row['id']}-{row['attempt']}")
 
 
-def _choose(queue: Queue, slots: float) -> sqlite3.Row | None:
+def _choose(queue: Queue, slots: float) -> Row | None:
     """Decides the next attempt and writes the decision down; None if nothing may run.
 
     By priority, then the team that has least of its share now, then least of it before, then
     the order of coming. A job whose team has no quota left is passed over; for one that only
     waits for CPUs, those behind it wait too, else large jobs would never run.
     """
-    with queue.changed() as connection:
+    with queue.database.changed() as connection:
         _drop_orphans(connection)
         running = connection.execute(
             "SELECT team, SUM(cpus) AS cpus, SUM(gpus) AS gpus FROM jobs WHERE state = ?"
@@ -304,7 +324,7 @@ def _choose(queue: Queue, slots: float) -> sqlite3.Row | None:
             )
         }
 
-        def rank(row: sqlite3.Row) -> tuple[float, float, float, int]:
+        def rank(row: Row) -> tuple[float, float, float, int]:
             team = row["team"]
             share = teams[team]["share"] if team in teams else 1.0
             now = taken.get(team, (0.0, 0.0))[0]
@@ -322,38 +342,50 @@ def _choose(queue: Queue, slots: float) -> sqlite3.Row | None:
                 continue
             if row["cpus"] > free and taken:
                 return None
-            chosen: sqlite3.Row = connection.execute(
+            chosen: Row = connection.execute(
                 "UPDATE jobs SET state = ?, attempt = attempt + 1, accepted = 0,"
                 " dispatched = ?, began = NULL, finished = NULL, code = NULL, overdue = 0,"
-                " message = '' WHERE id = ? RETURNING id, attempt",
+                " message = '' WHERE id = ? RETURNING id, attempt, spec",
                 (RUNNING, time.time(), row["id"]),
             ).fetchone()
             return chosen
     return None
 
 
-def _hand_over(queue: Queue, engine: Engine, id: str, attempt: int) -> None:
-    command = [sys.executable, "-I", "-S", str(ATTEMPT), str(queue.file), id, str(attempt)]
-    engine.submit(f"{id}-{attempt}", f"exec {shlex.join(command)}")
-    with queue.changed() as connection:
-        connection.execute(
-            "UPDATE jobs SET accepted = 1 WHERE id = ? AND attempt = ?", (id, attempt)
-        )
+def _hand_over(queue: Queue, engine: Engine, row: Row) -> None:
+    id, attempt = row["id"], row["attempt"]
+    # Isolated, since site costs milliseconds; PostgreSQL's driver has to be found.
+    isolated = ["-I", "-S"] if queue.database.url.startswith("sqlite:") else ["-P"]
+    command = [sys.executable, *isolated, str(ATTEMPT), queue.url, str(queue.database.locks)]
+    entrypoint = f"exec {shlex.join([*command, id, str(attempt)])}"
+    refused = None
+    try:
+        engine.submit(f"{id}-{attempt}", entrypoint, restored(json.loads(row["spec"])))
+    except ValueError as error:
+        refused = str(error)
+    with queue.database.changed() as connection:
+        if refused is None:
+            connection.execute(
+                "UPDATE jobs SET accepted = 1 WHERE id = ? AND attempt = ?", (id, attempt)
+            )
+        else:
+            connection.execute(
+                "UPDATE jobs SET state = ?, ended = ?, message = ? WHERE id = ? AND attempt = ?",
+                (FAILED, time.time(), refused, id, attempt),
+            )
 
 
-def _end(
-    queue: Queue, row: sqlite3.Row, state: str, message: str, causes: str | None = None
-) -> None:
+def _end(queue: Queue, row: Row, state: str, message: str, causes: str | None = None) -> None:
     ended = row["finished"] or time.time()
-    with queue.changed() as connection:
+    with queue.database.changed() as connection:
         connection.execute(
             "UPDATE jobs SET state = ?, message = ?, ended = ?, seconds = seconds + ?,"
             " causes = COALESCE(?, causes) WHERE id = ? AND attempt = ? AND state = ?",
-            (state, message, ended, _ran(row), causes, row["id"], row["attempt"], RUNNING),
+            (state, message, ended, _ran(row), causes, row["id"], row["attempt"], row["state"]),
         )
 
 
-def _again(queue: Queue, row: sqlite3.Row, cause: str, why: str) -> None:
+def _again(queue: Queue, row: Row, cause: str, why: str) -> None:
     """Another attempt after a pause, or the end, by what the job allows for the cause."""
     spec, causes = restored(json.loads(row["spec"])), json.loads(row["causes"])
     causes[cause] = causes.get(cause, 0) + 1
@@ -363,7 +395,7 @@ def _again(queue: Queue, row: sqlite3.Row, cause: str, why: str) -> None:
         _end(queue, row, STOPPED if row["stop"] else FAILED, said, json.dumps(causes))
         return
     pause_s = min(spec.backoff_s * 2 ** (causes[cause] - 1), 600)
-    with queue.changed() as connection:
+    with queue.database.changed() as connection:
         # The attempt is given up here: should it live on somewhere, it can't claim its row.
         connection.execute(
             "UPDATE jobs SET state = ?, not_before = ?, causes = ?, message = ?,"
@@ -377,16 +409,15 @@ def _again(queue: Queue, row: sqlite3.Row, cause: str, why: str) -> None:
         )
 
 
-def _drop_orphans(connection: sqlite3.Connection) -> None:
+def _drop_orphans(connection: Connection) -> None:
     """Ends jobs that wait for one that won't succeed."""
     waiting = connection.execute(
         "SELECT id, spec FROM jobs WHERE state = ? AND spec NOT LIKE '%\"after\": []%'", (WAITING,)
     ).fetchall()
     for row in waiting:
         for other in json.loads(row["spec"])["after"]:
-            state = connection.execute("SELECT state FROM jobs WHERE id = ?", (other,)).fetchone()[
-                0
-            ]
+            found = connection.execute("SELECT state FROM jobs WHERE id = ?", (other,)).fetchone()
+            state = found["state"]
             if state in (FAILED, STOPPED):
                 connection.execute(
                     "UPDATE jobs SET state = ?, ended = ?, message = ? WHERE id = ?",
@@ -394,35 +425,41 @@ def _drop_orphans(connection: sqlite3.Connection) -> None:
                 )
 
 
-def _ready(connection: sqlite3.Connection, after: Sequence[str]) -> bool:
+def _ready(connection: Connection, after: Sequence[str]) -> bool:
+    if not after:
+        return True
     marks = ", ".join("?" * len(after))
-    done = connection.execute(
-        f"SELECT COUNT(*) FROM jobs WHERE id IN ({marks}) AND state = ?", (*after, SUCCEEDED)
-    ).fetchone()[0]
-    return bool(done == len(set(after)))
+    found = connection.execute(
+        f"SELECT COUNT(*) AS done FROM jobs WHERE id IN ({marks}) AND state = ?",
+        (*after, SUCCEEDED),
+    ).fetchone()
+    return bool(found["done"] == len(set(after)))
 
 
 def _over(wanted: float, quota: float | None) -> bool:
     return quota is not None and wanted > quota
 
 
-def _ran(row: sqlite3.Row) -> float:
+def _ran(row: Row) -> float:
     return (row["finished"] or time.time()) - row["began"] if row["began"] else 0.0
+
+
+_READY = "dispatcher: hands over jobs of"
 
 
 def main() -> None:
     """The dispatcher's command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Hand queued jobs to an environment's Ray.")
-    parser.add_argument("--env", default="local", help="the environment")
-    parser.add_argument("--home", type=Path, default=environment.HOME, help="liftyard's folder")
-    parser.add_argument("--slots", type=float, required=True, help="CPUs for running jobs")
+    parser = argparse.ArgumentParser(description="Hand queued jobs to a cluster's Ray.")
+    parser.add_argument("--queue", required=True, help="sqlite:////path or postgresql://…")
+    parser.add_argument("--dashboard", required=True, help="Ray's dashboard, http://host:port")
+    parser.add_argument("--slots", type=float, help="CPUs for running jobs; default: all")
     given = parser.parse_args()
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
     try:
-        where = environment.load(given.env, home=given.home)
-        queue = Queue(file_of(where.name, given.home))
-        dispatch(queue, RayJobs(where), slots=given.slots, ended=ended)
+        queue = Queue(given.queue)
+        print(f"{_READY} {queue.database.url} to {given.dashboard}", flush=True)
+        dispatch(queue, RayJobs(given.dashboard), slots=given.slots, ended=ended)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

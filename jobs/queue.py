@@ -1,26 +1,26 @@
 """A durable queue before Ray's job submission: every job arrives once.
 
-A job is a row of an SQLite file. Submitters write the row and are done; the dispatcher
-(`jobs/dispatch.py`) hands jobs to Ray. A job's id comes from its content, so whoever was killed
-while submitting submits again. Knows nothing of what jobs do, nor of Ray.
+A job is a row of a database (`jobs/database.py`). Submitters write the row and are done; the
+dispatcher (`jobs/dispatch.py`) hands jobs to Ray. A job's id comes from its content, so whoever was
+killed while submitting submits again. Knows nothing of what jobs do, nor of Ray.
 """
 
 import hashlib
 import json
-import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cluster.environment import Environment, Prices
 from jobs import schedule
+from jobs.database import Connection, Row, connect
 
 WAITING, RUNNING = "WAITING", "RUNNING"
 SUCCEEDED, FAILED, STOPPED = "SUCCEEDED", "FAILED", "STOPPED"
-ENDED = (SUCCEEDED, FAILED, STOPPED)
 # Why an attempt didn't succeed: it exited with an error; it, its head or its machine died; it took
 # longer than its limit. Each has retries of its own.
 CAUSES = ("failed", "lost", "timeout")
@@ -28,23 +28,26 @@ CAUSES = ("failed", "lost", "timeout")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, number INTEGER NOT NULL, spec TEXT NOT NULL,
-    team TEXT NOT NULL, priority INTEGER NOT NULL, cpus REAL NOT NULL, gpus REAL NOT NULL,
-    state TEXT NOT NULL, created REAL NOT NULL, not_before REAL NOT NULL DEFAULT 0,
+    team TEXT NOT NULL, priority INTEGER NOT NULL,
+    cpus DOUBLE PRECISION NOT NULL, gpus DOUBLE PRECISION NOT NULL,
+    state TEXT NOT NULL, created DOUBLE PRECISION NOT NULL,
+    not_before DOUBLE PRECISION NOT NULL DEFAULT 0,
     attempt INTEGER NOT NULL DEFAULT 0, accepted INTEGER NOT NULL DEFAULT 0,
-    dispatched REAL, claimed INTEGER NOT NULL DEFAULT 0, began REAL, finished REAL, code INTEGER,
+    dispatched DOUBLE PRECISION, claimed INTEGER NOT NULL DEFAULT 0, began DOUBLE PRECISION,
+    finished DOUBLE PRECISION, code INTEGER,
     stop INTEGER NOT NULL DEFAULT 0, overdue INTEGER NOT NULL DEFAULT 0,
-    causes TEXT NOT NULL DEFAULT '{}', message TEXT NOT NULL DEFAULT '', ended REAL,
-    seconds REAL NOT NULL DEFAULT 0
+    causes TEXT NOT NULL DEFAULT '{}', message TEXT NOT NULL DEFAULT '', ended DOUBLE PRECISION,
+    seconds DOUBLE PRECISION NOT NULL DEFAULT 0
 );
 CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state);
 CREATE TABLE IF NOT EXISTS teams (
-    name TEXT PRIMARY KEY, quota_cpus REAL, quota_gpus REAL, share REAL NOT NULL
+    name TEXT PRIMARY KEY, quota_cpus DOUBLE PRECISION, quota_gpus DOUBLE PRECISION,
+    share DOUBLE PRECISION NOT NULL
 );
 CREATE TABLE IF NOT EXISTS schedules (
     name TEXT PRIMARY KEY, cron TEXT NOT NULL, zone TEXT NOT NULL, spec TEXT NOT NULL,
-    due REAL NOT NULL
-);
-"""
+    due DOUBLE PRECISION NOT NULL
+)"""
 
 
 class QueueError(ValueError):
@@ -58,7 +61,10 @@ class Spec:
     Attributes:
         command: Program and arguments.
         folder: Working directory, absolute.
-        variables: Environment variables on top of the node's.
+        variables: Environment variables on top of the node's; `PYTHONPATH` goes before the node's.
+        packages: Folders of Python packages, or wheels, that the job and its tasks on the cluster
+            import; absolute.
+        requirements: What pip installs for the job and its tasks, as `["lifelines==0.30"]`.
         team: Whose quota and share it counts on.
         priority: Higher goes first.
         cpus: CPUs that the job and its work on the cluster are reckoned to take.
@@ -73,6 +79,8 @@ class Spec:
     command: tuple[str, ...]
     folder: str
     variables: Mapping[str, str] = field(default_factory=dict)
+    packages: tuple[str, ...] = ()
+    requirements: tuple[str, ...] = ()
     team: str = "default"
     priority: int = 0
     cpus: float = 1.0
@@ -98,25 +106,6 @@ class Spec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prices:
-    """What resources cost and draw; `prices.json` beside the queue's file, by these names.
-
-    Attributes:
-        cpu_hour: Price of a CPU for an hour, in the team's currency.
-        gpu_hour: Price of a GPU for an hour.
-        cpu_watts: Power of a CPU, W.
-        gpu_watts: Power of a GPU, W.
-        grams_per_kwh: Carbon dioxide of the electricity, g/kWh.
-    """
-
-    cpu_hour: float = 0.0
-    gpu_hour: float = 0.0
-    cpu_watts: float = 0.0
-    gpu_watts: float = 0.0
-    grams_per_kwh: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Queued:
     """A job of the queue.
 
@@ -131,8 +120,8 @@ class Queued:
         dispatched: When its last attempt was handed to Ray, UTC.
         ended: When it ended, UTC.
         seconds: Seconds that its attempts ran.
-        cost: CPU and GPU seconds at the table's prices; 0 without a table.
-        carbon_g: Carbon dioxide by the table, g.
+        cost: What it asked for of CPUs and GPUs, times its seconds, at the environment's prices.
+        carbon_g: Carbon dioxide, likewise, g.
     """
 
     id: str
@@ -153,39 +142,37 @@ class Queued:
         """Ray's id of the last attempt, by which its log is found."""
         return f"{self.id}-{self.attempt}"
 
+    @property
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self.state not in (WAITING, RUNNING)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds from its coming to its last attempt; to now, or its end, if there was none."""
+        until = self.dispatched or self.ended or datetime.now(UTC)
+        return max(0.0, (until - self.created).total_seconds())
+
 
 class Queue:
     """The queue of one environment.
 
     Args:
-        file: Its SQLite file; made if absent. It must lie on a disk of the head's machine, where
-            attempts claim their rows, and not on a network's.
+        url: Its database, as `jobs.database.connect` takes it; tables are made if absent.
+        prices: What jobs are reckoned at.
+
+    Raises:
+        ValueError: The address can't be used.
+        OSError: The database doesn't answer.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file.resolve()
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.opened() as connection:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(SCHEMA)
-
-    @contextmanager
-    def opened(self) -> Iterator[sqlite3.Connection]:
-        """A connection that commits each statement."""
-        connection = sqlite3.connect(self.file, timeout=60, isolation_level=None)
-        connection.row_factory = sqlite3.Row
-        try:
-            yield connection
-        finally:
-            connection.close()
-
-    @contextmanager
-    def changed(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, written to the disk when it ends; none of it where it is cut short."""
-        with self.opened() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            yield connection
-            connection.execute("COMMIT")
+    def __init__(self, url: str, *, prices: Prices | None = None) -> None:
+        self.url = url
+        self.database = connect(url)
+        self.prices = prices or Prices()
+        with self.database.changed() as connection:
+            for statement in SCHEMA.split(";"):
+                connection.execute(statement)
 
     def submit(self, spec: Spec) -> str:
         """Queues a job, unless it is there: one that waits, runs or has succeeded stays as it is.
@@ -199,18 +186,17 @@ class Queue:
             QueueError: Something of the spec is out of range, or a job it waits for isn't there.
         """
         _check(spec)
-        with self.changed() as connection:
+        with self.database.changed() as connection:
             insert(connection, spec)
         return spec.id
 
     def jobs(self, *, states: Sequence[str] = ()) -> list[Queued]:
         """The jobs in the order of their coming; of some states only, where given."""
-        prices = self.prices()
         marks = ", ".join("?" * len(states))
         where = f"WHERE state IN ({marks})" if states else ""
-        with self.opened() as connection:
+        with self.database.opened() as connection:
             rows = connection.execute(f"SELECT * FROM jobs {where} ORDER BY number", tuple(states))
-            return [_queued(row, prices) for row in rows]
+            return [_queued(row, self.prices) for row in rows]
 
     def find(self, id: str) -> Queued:
         """One job.
@@ -218,11 +204,13 @@ class Queue:
         Raises:
             QueueError: There is none of that id.
         """
-        with self.opened() as connection:
+        with self.database.opened() as connection:
             row = connection.execute("SELECT * FROM jobs WHERE id = ?", (id,)).fetchone()
         if row is None:
-            raise QueueError(f"no job {id!r} in {self.file}: `liftyard jobs` lists those there are")
-        return _queued(row, self.prices())
+            raise QueueError(
+                f"no job {id!r} in {self.database.url}: `liftyard jobs` lists those there are"
+            )
+        return _queued(row, self.prices)
 
     def stop(self, id: str) -> Queued:
         """Stops a job: one that waits at once, one that runs when the dispatcher sees it.
@@ -230,7 +218,7 @@ class Queue:
         Raises:
             QueueError: There is none of that id.
         """
-        with self.changed() as connection:
+        with self.database.changed() as connection:
             connection.execute(
                 "UPDATE jobs SET state = ?, ended = ?, message = 'stopped before it ran'"
                 " WHERE id = ? AND state = ?",
@@ -263,7 +251,7 @@ class Queue:
                 f"team {name!r}: quota_cpus={quota_cpus}, quota_gpus={quota_gpus}, share={share}: "
                 "quotas are at least 0, the share is above 0"
             )
-        with self.changed() as connection:
+        with self.database.changed() as connection:
             connection.execute(
                 "INSERT INTO teams VALUES (?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET"
                 " quota_cpus = excluded.quota_cpus, quota_gpus = excluded.quota_gpus,"
@@ -285,7 +273,7 @@ class Queue:
         """
         _check(spec)
         due = schedule.next_after(schedule.parse(cron, zone=zone), datetime.now(UTC))
-        with self.changed() as connection:
+        with self.database.changed() as connection:
             connection.execute(
                 "INSERT INTO schedules VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET"
                 " cron = excluded.cron, zone = excluded.zone, spec = excluded.spec,"
@@ -296,7 +284,7 @@ class Queue:
 
     def schedules(self) -> dict[str, tuple[str, str, datetime]]:
         """The schedules by name: expression, time zone, next due (UTC)."""
-        with self.opened() as connection:
+        with self.database.opened() as connection:
             rows = connection.execute("SELECT * FROM schedules ORDER BY name").fetchall()
         return {r["name"]: (r["cron"], r["zone"], utc(r["due"])) for r in rows}
 
@@ -309,29 +297,30 @@ class Queue:
         there = list(self.schedules())
         if name not in there:
             raise QueueError(f"no schedule {name!r}: there are {', '.join(there) or 'none'}")
-        with self.changed() as connection:
+        with self.database.changed() as connection:
             connection.execute("DELETE FROM schedules WHERE name = ?", (name,))
 
-    def prices(self) -> Prices:
-        """The price table beside the queue's file; all 0 where there is none.
-
-        Raises:
-            QueueError: It can't be read.
-        """
-        file = self.file.with_name("prices.json")
-        try:
-            return Prices(**json.loads(file.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return Prices()
-        except (ValueError, TypeError) as error:
-            raise QueueError(
-                f"{file}: {error}; allowed are numbers named {', '.join(asdict(Prices()))}"
-            ) from None
+    def teams(self) -> dict[str, tuple[float | None, float | None, float]]:
+        """The teams by name that were set: quota of CPUs, of GPUs, share."""
+        with self.database.opened() as connection:
+            rows = connection.execute("SELECT * FROM teams ORDER BY name").fetchall()
+        return {r["name"]: (r["quota_cpus"], r["quota_gpus"], r["share"]) for r in rows}
 
 
-def file_of(name: str, home: Path) -> Path:
-    """The queue's file of a named environment."""
-    return home / "queues" / f"{name}.sqlite"
+def of(where: Environment) -> Queue:
+    """The queue of an environment.
+
+    Raises:
+        QueueError: It has none.
+        OSError: Its database doesn't answer.
+    """
+    if where.queue is None:
+        raise QueueError(
+            f"environment {where.name!r} takes no jobs: start one that stays with `liftyard up` "
+            "and name it by --env local, name `queue` in the environment's file, or use "
+            "`liftyard run`"
+        )
+    return Queue(where.queue, prices=where.prices)
 
 
 def _check(spec: Spec) -> None:
@@ -341,7 +330,12 @@ def _check(spec: Spec) -> None:
             f"command {list(spec.command)} in folder {spec.folder!r}: a job needs a program, and "
             "an absolute folder"
         )
-    if spec.cpus <= 0 or spec.gpus < 0 or (spec.timeout_s or 1) <= 0 or spec.backoff_s < 0:
+    if (
+        spec.cpus <= 0
+        or spec.gpus < 0
+        or (1 if spec.timeout_s is None else spec.timeout_s) <= 0
+        or spec.backoff_s < 0
+    ):
         raise QueueError(
             f"cpus={spec.cpus}, gpus={spec.gpus}, timeout_s={spec.timeout_s}, "
             f"backoff_s={spec.backoff_s}: cpus and timeout_s are above 0, the others at least 0"
@@ -353,7 +347,7 @@ def _check(spec: Spec) -> None:
         )
 
 
-def insert(connection: sqlite3.Connection, spec: Spec) -> None:
+def insert(connection: Connection, spec: Spec) -> None:
     for other in spec.after:
         if connection.execute("SELECT 1 FROM jobs WHERE id = ?", (other,)).fetchone() is None:
             raise QueueError(
@@ -363,8 +357,8 @@ def insert(connection: sqlite3.Connection, spec: Spec) -> None:
         "INSERT INTO jobs (id, number, spec, team, priority, cpus, gpus, state, created)"
         " VALUES (?, (SELECT COALESCE(MAX(number), 0) + 1 FROM jobs), ?, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT (id) DO UPDATE SET state = excluded.state, causes = '{}', stop = 0,"
-        " not_before = 0, ended = NULL, message = '', spec = excluded.spec,"
-        " priority = excluded.priority WHERE jobs.state IN (?, ?)",
+        " not_before = 0, ended = NULL, message = '', spec = excluded.spec, dispatched = NULL,"
+        " created = excluded.created, priority = excluded.priority WHERE jobs.state IN (?, ?)",
         (
             *(spec.id, json.dumps(asdict(spec)), spec.team, spec.priority, spec.cpus, spec.gpus),
             *(WAITING, time.time(), FAILED, STOPPED),
@@ -373,14 +367,13 @@ def insert(connection: sqlite3.Connection, spec: Spec) -> None:
 
 
 def restored(kept: Mapping[str, Any]) -> Spec:
-    return Spec(
-        **{**kept, "command": tuple(kept["command"]), "after": tuple(kept["after"])},
-    )
+    """A spec that was kept as JSON."""
+    made: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}
+    return Spec(**made)
 
 
-def _queued(row: sqlite3.Row, prices: Prices) -> Queued:
-    cpu_hours, gpu_hours = (row[name] * row["seconds"] / 3600 for name in ("cpus", "gpus"))
-    kwh = (cpu_hours * prices.cpu_watts + gpu_hours * prices.gpu_watts) / 1000
+def _queued(row: Row, prices: Prices) -> Queued:
+    used = {"cpus": row["cpus"], "gpus": row["gpus"], "hours": row["seconds"] / 3600}
     return Queued(
         id=row["id"],
         spec=restored(json.loads(row["spec"])),
@@ -392,8 +385,8 @@ def _queued(row: sqlite3.Row, prices: Prices) -> Queued:
         dispatched=utc(row["dispatched"]) if row["dispatched"] else None,
         ended=utc(row["ended"]) if row["ended"] else None,
         seconds=row["seconds"],
-        cost=cpu_hours * prices.cpu_hour + gpu_hours * prices.gpu_hour,
-        carbon_g=kwh * prices.grams_per_kwh,
+        cost=prices.cost(**used),
+        carbon_g=prices.carbon_g(**used),
     )
 
 

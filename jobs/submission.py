@@ -1,218 +1,163 @@
-"""Pipelines as jobs of an environment: submit, list, follow, stop.
+"""Ray's job submission: attempts handed to it, and what they write.
 
-A thin layer over Ray's job submission. A job is the command line itself, run on the environment's
-head in the submitter's folder: relative paths mean the same there as here, as long as it is the
-same machine. Knows nothing of what a pipeline does.
+A thin layer over `JobSubmissionClient`, by a dashboard's address. Knows nothing of why an attempt
+is made.
 """
 
-import shlex
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from cluster import session
+from cluster import local, session
 from cluster.environment import Environment
+from jobs.queue import Queue, QueueError, Spec
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-class JobError(ValueError):
-    """A job can't be submitted or found; the message says what there is."""
+# From TERM to KILL of a job that is stopped: an interrupted run writes its report meanwhile.
+STOP_WAIT_S = 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A submitted job.
-
-    Attributes:
-        id: Its id.
-        status: `PENDING`, `RUNNING`, `SUCCEEDED`, `FAILED` or `STOPPED`.
-        command: What runs.
-        started: When it was submitted, UTC.
-        ended: When it ended, UTC; None if it hasn't.
-        message: What Ray says of it.
-    """
-
-    id: str
-    status: str
-    command: str
-    started: datetime | None
-    ended: datetime | None
-    message: str
-
-
-def submit(
-    environment: Environment,
-    pipeline: Path,
-    *,
-    arguments: Sequence[str] = (),
-    folder: Path | None = None,
-) -> str:
-    """Submits `liftyard run PIPELINE --env NAME ARGUMENTS`; returns at once.
+class RayJobs:
+    """Ray's job submission as the dispatcher's engine.
 
     Args:
-        environment: Where to.
-        pipeline: The pipeline's YAML.
-        arguments: More of the command line, as `["--set", "seed=4"]`. The job looks the
-            environment up by its name in the folder's own `.liftyard`: for another home, or an
-            environment named by its file, add `--home` or `--env` here; the last one counts.
-        folder: Working directory of the job; None is this process's.
-
-    Returns:
-        The job's id.
-
-    Raises:
-        JobError: The pipeline isn't there, or the environment takes no jobs.
-        ConnectionError: The environment doesn't answer.
+        dashboard_url: The dashboard that takes the jobs.
     """
-    if not pipeline.is_file():
-        raise JobError(f"no pipeline {pipeline}: give the path of its YAML file")
-    client = _client(environment)
-    command = [sys.executable, "-m", "jobs.cli", "run", str(pipeline.resolve())]
-    where = shlex.quote(str((folder or Path.cwd()).resolve()))
-    # The shell gives way to the program, so that a stop reaches it.
-    run = shlex.join([*command, "--env", environment.name, *arguments])
-    id: str = client.submit_job(
-        entrypoint=f"cd {where} && exec {run}",
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}},
-        metadata={"pipeline": str(pipeline)},
-    )
-    return id
 
+    def __init__(self, dashboard_url: str) -> None:
+        self._url = dashboard_url
+        self._client: Any = None
 
-def jobs(environment: Environment) -> list[Job]:
-    """Every job the environment knows, oldest first.
+    def submit(self, id: str, entrypoint: str, spec: Spec) -> None:
+        needs: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
+        if spec.packages:
+            needs["py_modules"] = list(spec.packages)
+        if spec.requirements:
+            needs["pip"] = list(spec.requirements)
+        try:
+            self._connected().submit_job(entrypoint=entrypoint, submission_id=id, runtime_env=needs)
+        except RuntimeError as error:
+            if "already exists" not in str(error):
+                raise ConnectionError(f"Ray didn't take {id}: {error}") from error
 
-    Raises:
-        JobError: The environment takes no jobs.
-        ConnectionError: It doesn't answer.
-    """
-    listed = [_job(each) for each in _client(environment).list_jobs() if each.submission_id]
-    return sorted(listed, key=lambda job: (job.started or datetime.min.replace(tzinfo=UTC), job.id))
+    def living(self) -> set[str]:
+        try:
+            listed = self._connected().list_jobs()
+        except RuntimeError as error:
+            raise ConnectionError(f"Ray doesn't list its jobs: {error}") from error
+        return {each.submission_id for each in listed if str(each.status) in ("PENDING", "RUNNING")}
 
+    def stop(self, id: str) -> None:
+        try:
+            self._connected().stop_job(id)
+        except RuntimeError as error:
+            if "does not exist" not in str(error):
+                raise ConnectionError(f"Ray didn't stop {id}: {error}") from error
 
-def find(environment: Environment, id: str) -> Job:
-    """One job.
+    def refusal(self, id: str) -> str:
+        try:
+            details = self._connected().get_job_info(id)
+        except RuntimeError:
+            return ""
+        refused = "RUNTIME_ENV" in str(details.error_type)
+        return f"its packages can't be had: {details.message}" if refused else ""
 
-    Raises:
-        JobError: There is none of that id; the message names those there are.
-        ConnectionError: The environment doesn't answer.
-    """
-    listed = jobs(environment)
-    for job in listed:
-        if job.id == id:
-            return job
-    there = ", ".join(f"{job.id} ({job.status})" for job in listed[-10:]) or "none yet"
-    raise JobError(f"no job {id!r} in environment {environment.name!r}: there are {there}")
+    def cpus(self) -> float:
+        return sum(node.cpus for node in local.nodes(self._url))
+
+    def log(self, id: str) -> str | None:
+        """What an attempt has written so far; None where Ray doesn't know it.
+
+        Raises:
+            OSError: Ray doesn't answer.
+        """
+        try:
+            # The whole of it: Ray's tail starts anew at each connection too, and closes seconds
+            # after the job's end.
+            return str(self._connected().get_job_logs(id))
+        except RuntimeError as error:
+            if "status code 404" in str(error) or "does not exist" in str(error):
+                return None
+            raise ConnectionError(f"Ray doesn't give the log of {id}: {error}") from error
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            session.authenticate(make=False)
+            from ray.job_submission import JobSubmissionClient
+
+            try:
+                self._client = JobSubmissionClient(self._url)
+            except RuntimeError as error:
+                raise ConnectionError(f"no Ray answers at {self._url}: {error}") from error
+        return self._client
 
 
 def logs(
-    environment: Environment, id: str, *, follow: bool = False, patience_s: float = 60
+    queue: Queue,
+    id: str,
+    where: Callable[[], Environment],
+    *,
+    follow: bool = False,
+    patience_s: float = 60,
 ) -> Iterator[str]:
-    """What a job has written, in pieces of text as they come.
+    """What a job's last attempt has written, in pieces of text as they come.
 
     Args:
-        environment: Where it runs.
+        queue: The queue.
         id: The job's id.
-        follow: Goes on until the job has ended. A lost connection is made again, and nothing is
-            given twice.
+        where: Finds its environment; asked again after a lost connection, since a head that was
+            started again can have another address.
+        follow: Goes on until the job has ended, over its attempts, those to come too. A lost
+            connection is made again, and nothing is given twice.
         patience_s: How long to try to get a lost connection back.
 
     Raises:
-        JobError: There is no such job; raised at once, not at the first piece.
+        QueueError: There is no such job; raised at once, not at the first piece.
         ConnectionError: The environment doesn't answer, or no longer.
     """
-    client = _client(environment)
-    find(environment, id)
+    job = queue.find(id)
     if follow:
-        return _follow(environment, client, id, patience_s)
-    return iter([str(client.get_job_logs(id))])
+        return _follow(queue, id, where, patience_s)
+    text = RayJobs(_dashboard(where())).log(job.submission) if job.attempt else None
+    return iter([] if text is None else [text])
 
 
-def stop(environment: Environment, id: str, *, limit_s: float = 30) -> Job:
-    """Stops a job: it gets TERM, and KILL three seconds later. One that has ended is left as is.
-
-    Args:
-        environment: Where it runs.
-        id: The job's id.
-        limit_s: How long to wait until it has ended.
-
-    Returns:
-        The job, ended.
-
-    Raises:
-        JobError: There is no such job, or it didn't end in time.
-        ConnectionError: The environment doesn't answer.
-    """
-    if find(environment, id).ended is None:
-        _client(environment).stop_job(id)
-    deadline = time.monotonic() + limit_s
-    while (job := find(environment, id)).ended is None:
-        if time.monotonic() > deadline:
-            raise JobError(f"job {id!r} was told to stop, and is {job.status} {limit_s:g} s later")
-        time.sleep(0.2)
-    return job
-
-
-def _follow(environment: Environment, client: Any, id: str, patience_s: float) -> Iterator[str]:
-    given = 0
+def _follow(
+    queue: Queue, id: str, where: Callable[[], Environment], patience_s: float
+) -> Iterator[str]:
+    engine: RayJobs | None = None
+    attempt, given = 0, 0
     lost_at: float | None = None
     while True:
+        # Asked before the log is read, so that an end seen here is the log's end too.
+        job = queue.find(id)
+        attempt = attempt or job.attempt
         try:
-            # Asked before the log is read, so that an end seen here is the log's end too.
-            ended = client.get_job_info(id).end_time is not None
-            # The whole log each time: Ray's tail also starts anew at each connection, and closes
-            # seconds after the job's end.
-            text: str = client.get_job_logs(id)
-        except (OSError, RuntimeError) as error:
-            lost_at = lost_at or time.monotonic()
+            engine = engine or RayJobs(_dashboard(where()))
+            text = engine.log(f"{id}-{attempt}") if attempt else None
+        except (OSError, ValueError) as error:
+            engine, lost_at = None, lost_at or time.monotonic()
             if time.monotonic() > lost_at + patience_s:
                 raise ConnectionError(
-                    f"lost the log of {id}: environment {environment.name!r} hasn't answered "
-                    f"for {patience_s:g} s ({error})"
+                    f"lost the log of {id}: its environment hasn't answered for "
+                    f"{patience_s:g} s ({error})"
                 ) from error
         else:
             lost_at = None
-            if len(text) > given:
+            if text is not None and len(text) > given:
                 yield text[given:]
                 given = len(text)
-            if ended:
+            if job.attempt > attempt:
+                attempt, given = attempt + 1, 0
+                continue
+            if job.over:
                 return
         time.sleep(0.5)
 
 
-def _client(environment: Environment) -> Any:
-    url = environment.dashboard_url
-    if url is None:
-        raise JobError(
-            f"environment {environment.name!r} takes no jobs: start one that stays with "
-            "`liftyard up` and name it by --env local, or use `liftyard run`"
+def _dashboard(where: Environment) -> str:
+    if where.dashboard_url is None:
+        raise QueueError(
+            f"environment {where.name!r} has no dashboard to ask for logs: name `dashboard_url` "
+            "in its file"
         )
-    session.authenticate(make=False)
-    from ray.job_submission import JobSubmissionClient
-
-    try:
-        return JobSubmissionClient(url)
-    except (OSError, RuntimeError) as error:
-        hint = "`liftyard up` starts it again" if environment.name == "local" else "is it up?"
-        raise ConnectionError(
-            f"environment {environment.name!r} doesn't answer at {url}: {hint} ({error})"
-        ) from error
-
-
-def _job(details: Any) -> Job:
-    def utc(milliseconds: int | None) -> datetime | None:
-        return datetime.fromtimestamp(milliseconds / 1000, UTC) if milliseconds else None
-
-    return Job(
-        id=details.submission_id,
-        status=str(details.status),
-        command=details.entrypoint,
-        started=utc(details.start_time),
-        ended=utc(details.end_time),
-        message=details.message or "",
-    )
+    return where.dashboard_url

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cluster.environment import Environment, EnvironmentFileError, load
+from cluster.environment import Environment, EnvironmentFileError, Prices, load
 
 WHOLE: dict[str, Any] = {
     "ray_address": "10.0.0.5:6379",
@@ -57,6 +57,21 @@ def test_what_a_file_may_leave_out(tmp_path: Path) -> None:
     assert environment.serve_url is None
 
 
+def test_prices_are_the_files_or_the_homes_or_the_defaults(tmp_path: Path) -> None:
+    _put(tmp_path, "plain", WHOLE)
+    _put(tmp_path, "own", WHOLE | {"prices": {"cpu_hour": 2}})
+    assert load("plain", home=tmp_path).prices == Prices()
+    (tmp_path / "prices.json").write_text('{"cpu_hour": 1, "gpu_hour": 3}')
+    assert load("plain", home=tmp_path).prices == Prices(cpu_hour=1, gpu_hour=3)
+    assert load("own", home=tmp_path).prices == Prices(cpu_hour=2)
+    table = Prices(cpu_hour=1, gpu_hour=3, cpu_watts=10, gpu_watts=100, grams_per_kwh=500)
+    assert table.cost(cpus=2, gpus=1, hours=0.5) == 2.5
+    assert table.carbon_g(cpus=2, gpus=1, hours=0.5) == 30
+    (tmp_path / "prices.json").write_text('{"cpu": 1}')
+    with pytest.raises(EnvironmentFileError, match=r"prices\.json: unknown key 'cpu'"):
+        load("plain", home=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -65,6 +80,9 @@ def test_what_a_file_may_leave_out(tmp_path: Path) -> None:
         ({"ray_address": 6379}, "key 'ray_address' is 6379: .*string"),
         ({"storage_root": "tables"}, "key 'storage_root' is 'tables'"),
         ({"tracking_uri": None}, "key 'tracking_uri' is None"),
+        ({"queue": "sqlite:///here"}, "key 'queue' is 'sqlite:///here'"),
+        ({"prices": {"cpu_hours": 1}}, "unknown key 'cpu_hours': allowed are .*mean 'cpu_hour'"),
+        ({"prices": {"gpu_watts": -1}}, "key 'gpu_watts' is -1: .*greater than or equal to 0"),
     ],
 )
 def test_a_faulty_key_is_named(change: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,20 +43,25 @@ class Terraform:
 
     def run(self, folder: str, *arguments: str) -> str:
         """Runs Terraform below the root and returns what it printed; a failure fails the test."""
-        done = subprocess.run(
-            ["terraform", *arguments],
-            cwd=self.root / folder,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=500,
-        )
-        # Not every command takes -no-color.
-        printed = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
-        if done.returncode != 0:
-            pytest.fail(f"terraform {' '.join(arguments)} in {folder}:\n{printed[-6000:]}")
+        with tempfile.TemporaryFile("w+") as output:
+            process = subprocess.Popen(
+                ["terraform", *arguments],
+                cwd=self.root / folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                code = process.wait(500)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = process.wait()
+            output.seek(0)
+            # Not every command takes -no-color.
+            printed = re.sub(r"\x1b\[[0-9;]*m", "", output.read())
+        if code != 0:
+            pytest.fail(f"terraform {' '.join(arguments)}: {code}:\n{printed[-6000:]}")
         return printed
 
     def init(self, folder: str) -> None:

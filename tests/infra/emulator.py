@@ -21,7 +21,7 @@ from moto.ec2.exceptions import (
 from moto.ec2.models import EC2Backend
 from moto.ec2.models.security_groups import SecurityGroupRule
 from moto.ec2.responses.monitoring import Monitoring
-from moto.rds.models import DBInstance, DBParameterGroup
+from moto.rds.models import DBInstance, DBParameterGroup, RDSBackend
 from moto.route53.responses import Route53
 from moto.server import main
 from moto.sqs.models import Queue
@@ -101,6 +101,21 @@ def keep_performance_insights(original: Any) -> Any:
     return __init__
 
 
+def answer_again(original: Any) -> Any:
+    """A creation that the provider repeats, its answer having been late, is answered as before."""
+    answered: dict[str, tuple[dict[str, Any], DBInstance]] = {}
+
+    def create_db_instance(self: RDSBackend, db_kwargs: dict[str, Any]) -> DBInstance:
+        name, asked = db_kwargs["db_instance_identifier"], dict(db_kwargs)
+        if name in self.databases and answered[name][0] == asked:
+            return answered[name][1]
+        made: DBInstance = original(self, db_kwargs)
+        answered[name] = asked, made
+        return made
+
+    return create_db_instance
+
+
 def keep_role(original: Any) -> Any:
     """A group's own service-linked role is read back."""
 
@@ -160,6 +175,22 @@ def compact_redrive(original: Any) -> Any:
     return property(attributes)
 
 
+def keep_policy(original: Any) -> Any:
+    """A queue keeps its policy while another attribute is set; the provider waits for both."""
+
+    def _set_attributes(self: Queue, attributes: dict[str, Any], now: float | None = None) -> None:
+        with _QUEUES:
+            kept = getattr(self, "_policy_json", None)
+            original(self, attributes, now)
+            if kept is not None and "Policy" not in attributes:
+                self._policy_json = kept
+
+    return _set_attributes
+
+
+_QUEUES = threading.RLock()  # a queue's policy and redrive policy are set at the same time
+
+
 def rule_is_gone(original: Any) -> Any:
     """Revoking a rule by an id that is gone is answered so, as a retried request meets it."""
 
@@ -197,7 +228,9 @@ if __name__ == "__main__":
     LifecycleHook.__init__ = no_invented_target(LifecycleHook.__init__)
     EC2Backend.create_launch_template = own_tags_apart(EC2Backend.create_launch_template)
     Queue.attributes = compact_redrive(Queue.attributes)
+    Queue._set_attributes = keep_policy(Queue._set_attributes)
     DBParameterGroup.update_parameters = keep_source(DBParameterGroup.update_parameters)
+    RDSBackend.create_db_instance = answer_again(RDSBackend.create_db_instance)
     DBInstance.__init__ = keep_performance_insights(DBInstance.__init__)
     EC2Backend.revoke_security_group_ingress = rule_is_gone(
         EC2Backend.revoke_security_group_ingress

@@ -18,6 +18,8 @@ import pytest
 from distributed import Client
 
 from cluster import environment, local, supervisor
+from jobs import queue
+from jobs.queue import Spec
 
 FILES = Path(__file__).resolve().parents[2] / "infra" / "terraform" / "environments" / "local"
 
@@ -128,7 +130,7 @@ def test_files_are_formatted_and_valid(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_apply_change_recover_and_destroy(terraform: Terraform) -> None:
     first = terraform.do("apply")
-    assert "6 added, 0 changed, 0 destroyed" in first
+    assert "7 added, 0 changed, 0 destroyed" in first
     where = terraform.environment()
 
     # All of it is there, from the file that the output gives.
@@ -142,8 +144,13 @@ def test_apply_change_recover_and_destroy(terraform: Terraform) -> None:
     waits = environment.services_of(terraform.home) / "serve.log"
     assert "serve: waits for a champion" in waits.read_text(encoding="utf-8")
 
+    # What is queued is run.
+    jobs = queue.of(where)
+    job = jobs.submit(Spec(command=("echo", "one"), folder=str(terraform.folder)))
+    _until(lambda: jobs.find(job).state == "SUCCEEDED")
+
     # A second apply changes nothing.
-    names = ("tracking", "head", "worker-0", "serve")
+    names = ("tracking", "head", "worker-0", "serve", "dispatcher")
     before = {name: terraform.state(name) for name in names}
     assert "0 added, 0 changed, 0 destroyed" in terraform.do("apply")
     assert {name: terraform.state(name) for name in names} == before
@@ -172,6 +179,8 @@ def test_apply_change_recover_and_destroy(terraform: Terraform) -> None:
     head.wait()
     _until(lambda: _addresses(where) == ["127.0.0.2", "127.0.0.3"], 120)
     _until(lambda: _answers(where), 90)
+    job = jobs.submit(Spec(command=("echo", "two"), folder=str(terraform.folder)))
+    _until(lambda: jobs.find(job).state == "SUCCEEDED")
     assert {name: terraform.state(name) for name in names} == before
     scratch = psutil.Process(before["head"].pid).environ()["LIFTYARD_SCRATCH"]
     assert Path(scratch).exists()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner, Result
 
-from cluster import storage
+from cluster import environment, storage
+from jobs import queue
 from jobs.cli import app
 from tests.jobs import shop
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def liftyard(folder: Path, *words: str) -> Result:
@@ -46,14 +50,25 @@ def job(folder: Path) -> str:
     return id
 
 
-def test_status_names_nodes_and_jobs(folder: Path, job: str) -> None:
+def test_status_names_nodes_jobs_and_costs(folder: Path, job: str) -> None:
+    (folder / "home" / "prices.json").write_text('{"cpu_hour": 50, "cpu_watts": 100}')
     text = said(liftyard(folder, "status"))
+    (folder / "home" / "prices.json").unlink()
     assert "(head)" in text and "1 SUCCEEDED" in text
+    # 2 CPUs.
+    assert "cost per hour: 100.00" in text and "CO2 per hour: 96 g" in text
+
+
+def test_the_same_again_is_the_same_job(folder: Path, job: str) -> None:
+    runs = ("--runs", str(folder / "runs"))
+    again = liftyard(folder, "submit", str(folder / "shop.yaml"), *runs)
+    assert said(again).strip() == job
+    assert "is SUCCEEDED; --key makes another" in re.sub(r"\s+", " ", again.stderr)
 
 
 def test_the_job_is_listed_and_its_run_finished(folder: Path, job: str) -> None:
     text = said(liftyard(folder, "jobs"))
-    assert job[:12] in text and "SUCCEEDED" in text
+    assert job in text and "SUCCEEDED" in text
     (file,) = (folder / "runs").glob("*/summary.json")
     assert json.loads(file.read_text())["status"] == "finished"
 
@@ -113,7 +128,7 @@ def test_a_stopped_job_leaves_an_interrupted_run_that_resumes(folder: Path, job:
     for piece in iter(lambda: liftyard(folder, "logs", id).stdout, None):
         if "lapse" in piece or list(runs.glob("*/sweep-lapse.jsonl")):
             break
-    assert "STOPPED" in said(liftyard(folder, "stop", id))
+    assert f"{id} STOPPED" in said(liftyard(folder, "stop", id))
     (file,) = runs.glob("*/summary.json")
     content = json.loads(file.read_text())
     assert content["status"] == "interrupted"
@@ -134,3 +149,69 @@ def test_unknown_jobs_are_told(folder: Path, job: str) -> None:
         result = liftyard(folder, command, "nope")
         assert result.exit_code == 1
         assert "no job 'nope'" in re.sub(r"\s+", " ", result.stderr)
+
+
+def test_teams_and_dependencies(folder: Path, job: str) -> None:
+    assert "crm 2 none 3" in re.sub(
+        r"[^\w.]+", " ", said(liftyard(folder, "team", "crm", "--quota-cpus", "2", "--share", "3"))
+    )
+    pipeline = str(folder / "shop.yaml")
+    options = ("--team", "crm", "--priority", "7", "--after", job, "--timeout", "0.5")
+    retries = ("--retries", "timeout=1", "--retries", "lost=0", "--set", "seed=4")
+    id = said(liftyard(folder, "submit", pipeline, *options, *retries)).strip()
+    while not (found := queue.of(environment.load("local", home=folder / "home")).find(id)).over:
+        time.sleep(0.1)
+    assert (found.state, found.causes, found.spec.team) == ("FAILED", {"timeout": 2}, "crm")
+    text = said(liftyard(folder, "jobs"))
+    assert f"{id}: took longer than its limit of 0.5 s (attempt 2" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--after", "job-9"), "waits for job 'job-9', which isn't in the queue"),
+        (("--retries", "bad=1"), "retries 'bad=1': give CAUSE=COUNT"),
+        (("--", "more"), "a pipeline takes none"),
+        (("--timeout", "0"), "timeout_s are above 0"),
+    ],
+)
+def test_what_cannot_be_submitted(
+    folder: Path, job: str, words: tuple[str, ...], told: str
+) -> None:
+    command = ("submit", "--home", str(folder / "home"), str(folder / "shop.yaml"), *words)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert told in re.sub(r"\s+", " ", result.stderr)
+
+
+def test_schedules(folder: Path, job: str) -> None:
+    pipeline = str(folder / "shop.yaml")
+    words = ("nightly", "30 2 * * 1-5", pipeline, "--zone", "Europe/Berlin", "--team", "crm")
+    assert "nightly: first on" in said(liftyard(folder, "schedule", "add", *words))
+    text = said(liftyard(folder, "schedule", "list"))
+    assert "nightly" in text and "30 2 * * 1-5" in text and "Europe/Berlin" in text
+    assert "removed" in said(liftyard(folder, "schedule", "remove", "nightly"))
+    again = liftyard(folder, "schedule", "remove", "nightly")
+    assert again.exit_code == 1 and "no schedule 'nightly'" in again.stderr
+    wrong = liftyard(folder, "schedule", "add", "n", "61 * * * *", pipeline)
+    assert wrong.exit_code == 1 and "minute '61'" in wrong.stderr
+
+
+def test_a_job_of_a_package(folder: Path, job: str) -> None:
+    """The example's: its tasks run on the cluster, and import the package there."""
+    rows = [f"{n},{n % 3}" for n in range(30)]
+    (folder / "customers.csv").write_text("\n".join(["customer,orders", *rows]))
+    out = folder / "win_back.csv"
+    command = [
+        *("submit", "--home", str(folder / "home"), f"{ROOT / 'examples' / 'retention'}:win-back"),
+        *("--", str(folder / "customers.csv"), str(out)),
+    ]
+    id = said(CliRunner().invoke(app, command)).strip()
+    log = said(liftyard(folder, "logs", id, "-f"))
+    assert "10 of 30 customers" in log
+    assert pl.read_csv(out)["customer"].to_list() == list(range(0, 30, 3))
+    (row,) = [j for j in queue.of(environment.load("local", home=folder / "home")).jobs()
+              if j.id == id]  # fmt: skip
+    assert row.spec.timeout_s == 600 and "retention.win_back" in row.spec.command
+    wrong = CliRunner().invoke(app, [*command[:3], f"{ROOT / 'examples' / 'retention'}:win-bak"])
+    assert "did you mean 'win-back'" in re.sub(r"\s+", " ", wrong.stderr)

@@ -1,4 +1,4 @@
-"""The queue on real processes; with Ray in `test_queue_on_ray.py`."""
+"""The queue on real processes, in SQLite and PostgreSQL; with Ray in `test_queue_on_ray.py`."""
 
 import json
 import os
@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 
-from jobs.dispatch import dispatch, dispatching, step
-from jobs.queue import Queue, QueueError, Spec, file_of
+from cluster.environment import Prices
+from jobs.dispatch import dispatch, step
+from jobs.queue import Queue, QueueError, Spec
 from jobs.schedule import ScheduleError, next_after, parse
+from tests.jobs.postgres import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +33,7 @@ class Processes:
         self.taken: dict[str, subprocess.Popen[bytes]] = {}
         self.down = False
 
-    def submit(self, id: str, entrypoint: str) -> None:
+    def submit(self, id: str, entrypoint: str, spec: Spec) -> None:
         if self.down:
             raise ConnectionError("the head doesn't answer")
         if id not in self.taken:
@@ -49,15 +51,34 @@ class Processes:
     def stop(self, id: str) -> None:
         self.taken[id].terminate()
 
+    def refusal(self, id: str) -> str:
+        return ""
+
+    def cpus(self) -> float:
+        return 2.0
+
     def end(self) -> None:
         for process in self.taken.values():
             process.kill()
             process.wait()
 
 
-@pytest.fixture
-def queue(tmp_path: Path) -> Queue:
-    return Queue(tmp_path / "queue.sqlite")
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with serving() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def queue(request: pytest.FixtureRequest, tmp_path: Path) -> Queue:
+    if request.param == "sqlite":
+        return Queue(f"sqlite:///{tmp_path}/queue.sqlite")
+    url = request.getfixturevalue("server")
+    made = Queue(url)
+    with made.database.changed() as connection:
+        for table in ("jobs", "teams", "schedules"):
+            connection.execute(f"DELETE FROM {table}")
+    return made
 
 
 @pytest.fixture
@@ -219,6 +240,8 @@ def test_a_head_that_dies_loses_and_doubles_nothing(
     assert found.state == "SUCCEEDED"
     assert found.attempt == 2
     assert found.causes == {"lost": 1}
+    # Given up, it did the job all the same, and the second attempt didn't do it again.
+    assert _ran(tmp_path) == ["it"]
 
 
 @pytest.mark.parametrize("point", ["before_submit", "after_submit", "running"])
@@ -232,7 +255,7 @@ import os, shlex, signal, subprocess, sys, threading
 from pathlib import Path
 from jobs import dispatch, queue
 class Engine:
-    def submit(self, id, entrypoint):
+    def submit(self, id, entrypoint, spec):
         if {point!r} == "before_submit":
             os.kill(os.getpid(), signal.SIGKILL)
         subprocess.Popen(shlex.split(entrypoint.removeprefix("exec ")), start_new_session=True)
@@ -243,8 +266,10 @@ class Engine:
         return {{path.stem for path in Path({str(tmp_path)!r}).glob("*.taken")}}
     def stop(self, id):
         pass
+    def refusal(self, id):
+        return ""
 dispatch.dispatch(
-    queue.Queue(Path({str(queue.file)!r})), Engine(), slots=2, ended=threading.Event()
+    queue.Queue({queue.url!r}), Engine(), slots=2, ended=threading.Event()
 )
 """
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) as killed:
@@ -255,9 +280,9 @@ dispatch.dispatch(
         assert killed.wait(30) == -signal.SIGKILL
 
     class Taken(Processes):
-        def submit(self, id: str, entrypoint: str) -> None:
+        def submit(self, id: str, entrypoint: str, spec: Spec) -> None:
             if not (self.folder / f"{id}.taken").exists():
-                super().submit(id, entrypoint)
+                super().submit(id, entrypoint, spec)
 
         def living(self) -> set[str]:
             return super().living() | {path.stem for path in self.folder.glob("*.taken")}
@@ -271,8 +296,8 @@ dispatch.dispatch(
 
 def test_submitters_at_once_and_one_killed(queue: Queue, tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from jobs.queue import Queue, Spec\n"
-        f"queue = Queue(Path({str(queue.file)!r}))\n"
+        "from jobs.queue import Queue, Spec\n"
+        f"queue = Queue({queue.url!r})\n"
         "for n in range(40):\n"
         f"    queue.submit(Spec(command=('true', str(n)), folder={str(tmp_path)!r}))\n"
     )
@@ -286,13 +311,41 @@ def test_submitters_at_once_and_one_killed(queue: Queue, tmp_path: Path) -> None
     assert sorted(numbers) == list(range(40))
 
 
+def test_a_database_that_goes_away_is_waited_for(
+    server: str, engine: Processes, tmp_path: Path
+) -> None:
+    queue = Queue(server)
+    ended = threading.Event()
+    dispatcher = threading.Thread(
+        target=dispatch, args=(queue, engine), kwargs={"slots": 1, "ended": ended}
+    )
+    dispatcher.start()
+    try:
+        first = queue.submit(_spec(tmp_path, "before"))
+        while queue.find(first).state != "SUCCEEDED":
+            time.sleep(0.01)
+        # Every connection ends, the dispatcher's with its lock.
+        with queue.database.opened() as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            )
+        second = queue.submit(_spec(tmp_path, "after"))
+        while queue.find(second).state != "SUCCEEDED":
+            time.sleep(0.01)
+    finally:
+        ended.set()
+        dispatcher.join()
+    assert _ran(tmp_path) == ["before", "after"]
+
+
 def test_one_dispatcher_at_a_time(queue: Queue, engine: Processes, tmp_path: Path) -> None:
     queue.submit(_spec(tmp_path, "it"))
     ended = threading.Event()
     second = threading.Thread(
         target=dispatch, args=(queue, engine), kwargs={"slots": 1, "ended": ended}
     )
-    with dispatching(queue):
+    with queue.database.dispatching():
         second.start()
         time.sleep(0.3)
         assert queue.jobs()[0].state == "WAITING"
@@ -310,7 +363,7 @@ def test_a_schedule_queues_each_tick_once(queue: Queue, engine: Processes, tmp_p
     step(queue, engine, slots=0)
     assert queue.jobs() == []
     # Ten minutes without a dispatcher: one job makes up for them.
-    with queue.opened() as connection:
+    with queue.database.changed() as connection:
         connection.execute("UPDATE schedules SET due = due - 600")
     step(queue, engine, slots=0)
     step(queue, engine, slots=0)
@@ -363,6 +416,7 @@ def test_refuses_schedules(expression: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        ({"timeout_s": 0}, "cpus and timeout_s are above 0"),
         ({"cpus": 0}, "cpus and timeout_s are above 0"),
         ({"retries": {"bad": 1}}, "allowed are counts of at least 0 for failed, lost, timeout"),
         ({"command": ()}, "needs a program"),
@@ -378,16 +432,11 @@ def test_cost_and_carbon_by_the_price_table(
 ) -> None:
     job = queue.submit(_spec(tmp_path, "it", "time.sleep(0.2)", cpus=2, gpus=1))
     _drive(queue, engine, slots=2)
-    assert queue.find(job).cost == 0
-    prices = {"cpu_hour": 3600, "gpu_hour": 7200, "cpu_watts": 36_000, "grams_per_kwh": 500}
-    (tmp_path / "prices.json").write_text(json.dumps(prices))
-    found = queue.find(job)
+    prices = Prices(cpu_hour=3600, gpu_hour=7200, cpu_watts=36_000, gpu_watts=0, grams_per_kwh=500)
+    found = Queue(queue.url, prices=prices).find(job)
     assert found.seconds >= 0.2
     assert found.cost == pytest.approx(found.seconds * (2 * 1 + 1 * 2))
     assert found.carbon_g == pytest.approx(found.seconds * 2 * 36_000 / 3.6e6 * 500)
-    (tmp_path / "prices.json").write_text('{"cpu": 1}')
-    with pytest.raises(QueueError, match="allowed are numbers named cpu_hour"):
-        queue.jobs()
 
 
 def test_the_command_dies_with_its_attempt(queue: Queue, engine: Processes, tmp_path: Path) -> None:
@@ -404,16 +453,21 @@ def test_the_command_dies_with_its_attempt(queue: Queue, engine: Processes, tmp_
 
 
 def test_the_example(engine: Processes, tmp_path: Path) -> None:
+    file = tmp_path / "environments" / "shop.json"
+    file.parent.mkdir()
+    where = {"ray_address": "127.0.0.2:1", "tracking_uri": "sqlite:////none"}
+    where |= {"storage_root": "/none", "queue": f"sqlite:///{tmp_path}/queue.sqlite"}
+    file.write_text(json.dumps(where))
     for _ in range(2):
         said = subprocess.run(
-            [sys.executable, ROOT / "examples" / "queue_report.py", "--home", tmp_path],
+            [sys.executable, ROOT / "examples" / "queue_report.py", "--env", file],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             check=True,
             capture_output=True,
             text=True,
         ).stdout
-    queue = Queue(file_of("local", tmp_path))
+    queue = Queue(where["queue"])
     assert [job.id for job in queue.jobs()] == said.split()
     _drive(queue, engine)
     log = tmp_path / f"{said.split()[1]}-1.log"

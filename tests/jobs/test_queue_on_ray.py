@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from cluster import environment, local, supervisor
+from jobs import queue as queues
 from jobs import submission
-from jobs.queue import Queue, Spec, file_of
+from jobs.queue import Spec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,8 +31,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def _dispatcher(home: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "jobs.dispatch", f"--home={home}", "--slots=2"]
-    return subprocess.Popen(command, cwd=ROOT)
+    where = environment.load("local", home=home)
+    command = [sys.executable, "-m", "jobs.dispatch", f"--queue={where.queue}"]
+    return subprocess.Popen([*command, f"--dashboard={where.dashboard_url}"], cwd=ROOT)
 
 
 def _until(found: Callable[[], Any]) -> None:
@@ -43,7 +45,7 @@ def _until(found: Callable[[], Any]) -> None:
 
 @pytest.mark.timeout(240)
 def test_jobs_arrive_once_though_queue_and_head_die(home: Path, tmp_path: Path) -> None:
-    queue = Queue(file_of("local", home))
+    queue = queues.of(environment.load("local", home=home))
     ran = tmp_path / "ran"
 
     def submit(name: str, seconds: float = 0) -> str:
@@ -67,8 +69,7 @@ def test_jobs_arrive_once_though_queue_and_head_die(home: Path, tmp_path: Path) 
         assert [queue.find(id).attempt for id in ids] == [1, 1, 1]
 
         # What an attempt wrote is found by its submission.
-        where = environment.load("local", home=home)
-        text = "".join(submission.logs(where, queue.find(ids[0]).submission))
+        text = "".join(submission.logs(queue, ids[0], lambda: environment.load("local", home=home)))
         assert "done j0" in text
 
         # A head that dies takes its running job with it; the next head gets the job again.

@@ -1,32 +1,21 @@
-"""Jobs on a real Ray head, as `liftyard up` starts it."""
+"""Logs of jobs on a real Ray head, as `liftyard up` starts it."""
 
 import dataclasses
-import json
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from ray.job_submission import JobSubmissionClient
 
 from cluster import local
-from cluster.environment import Environment, load
-from jobs import submission
-from jobs.submission import JobError
-
-PIPELINE = """\
-name: shop
-seed: 3
-tables:
-  orders:
-    source: {path: "orders*.csv"}
-    entity: customer
-    columns: {customer: int64, amount: float64}
-"""
+from cluster.environment import Environment
+from jobs import dispatch, queue, submission
+from jobs.queue import Queue, QueueError, Spec
 
 PROXY = """
 import asyncio, sys
@@ -62,14 +51,22 @@ def here(folder: Path) -> Iterator[Environment]:
         patch.delenv("RAY_AUTH_TOKEN", raising=False)
         home = folder / ".liftyard"
         try:
-            yield local.up(home, cpus=1)
+            where = local.up(home, cpus=1)
+            dispatch.up(where, home)
+            yield where
         finally:
+            dispatch.down(home)
             local.down(home)
 
 
-def _start(environment: Environment, shell: str) -> str:
-    assert environment.dashboard_url is not None
-    return JobSubmissionClient(environment.dashboard_url).submit_job(entrypoint=shell)
+@pytest.fixture
+def jobs(here: Environment) -> Queue:
+    return queue.of(here)
+
+
+def _submit(jobs: Queue, folder: Path, shell: str, **more: Any) -> str:
+    command = ("sh", "-c", shell)
+    return jobs.submit(Spec(command=command, folder=str(folder), key=str(time.time()), **more))
 
 
 class _Link:
@@ -106,28 +103,11 @@ def link(here: Environment) -> Iterator[_Link]:
     link.cut()
 
 
-def test_a_pipeline_runs_as_a_job_in_the_folder_of_its_submitter(
-    here: Environment, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_log_is_followed_over_a_lost_connection(
+    here: Environment, jobs: Queue, folder: Path, link: _Link
 ) -> None:
-    (folder / "shop.yaml").write_text(PIPELINE)
-    (folder / "orders1.csv").write_text("customer,amount\n1,2.5\n2,1\n")
-    monkeypatch.chdir(folder)
-    id = submission.submit(here, Path("shop.yaml"), arguments=["--runs", "its runs"])
-    said = "".join(submission.logs(here, id, follow=True))
-    job = submission.find(here, id)
-    assert job.status == "SUCCEEDED", said
-    assert job.started is not None
-    assert job.ended is not None
-    assert job.started < job.ended
-    assert "jobs.cli run" in job.command
-    (summary,) = (folder / "its runs").glob("*/summary.json")
-    assert json.loads(summary.read_text())["status"] == "finished"
-    assert local.status(here).jobs == {"SUCCEEDED": 1}
-
-
-def test_a_log_is_followed_over_a_lost_connection(here: Environment, link: _Link) -> None:
-    id = _start(here, "for i in 1 2 3 4 5 6; do echo line $i; sleep 0.5; done")
-    pieces = submission.logs(link.through, id, follow=True)
+    id = _submit(jobs, folder, "for i in 1 2 3 4 5 6; do echo line $i; sleep 0.5; done")
+    pieces = submission.logs(jobs, id, lambda: link.through, follow=True)
     said = ""
     while "line 2" not in said:
         said += next(pieces)
@@ -137,41 +117,46 @@ def test_a_log_is_followed_over_a_lost_connection(here: Environment, link: _Link
     said += "".join(pieces)
     lines = [line for line in said.splitlines() if line.startswith("line ")]
     assert lines == [f"line {n}" for n in range(1, 7)]
-    assert "".join(submission.logs(here, id)) == said
+    assert "".join(submission.logs(jobs, id, lambda: here)) == said
 
 
-def test_a_connection_that_stays_lost_is_told(here: Environment, link: _Link) -> None:
-    id = _start(here, "echo first; sleep 600")
-    pieces = submission.logs(link.through, id, follow=True, patience_s=0.5)
+def test_a_log_is_followed_from_before_the_first_attempt_to_the_last(
+    here: Environment, jobs: Queue, folder: Path
+) -> None:
+    shell = "echo attempt; test -e second || { touch second; exit 3; }; echo well"
+    id = _submit(jobs, folder, shell, retries={"failed": 1}, backoff_s=1)
+    said = "".join(submission.logs(jobs, id, lambda: here, follow=True))
+    # Ray has lines of its own.
+    words = [line for line in said.splitlines() if line in ("attempt", "well")]
+    assert words == ["attempt", "attempt", "well"]
+    assert jobs.find(id).attempt == 2
+    # Without following, it is the last attempt's.
+    last = "".join(submission.logs(jobs, id, lambda: here))
+    assert said.endswith(last) and last.count("attempt\n") == 1
+
+
+def test_a_connection_that_stays_lost_is_told(jobs: Queue, folder: Path, link: _Link) -> None:
+    id = _submit(jobs, folder, "echo first; sleep 600")
+    pieces = submission.logs(jobs, id, lambda: link.through, follow=True, patience_s=0.5)
     while "first" not in next(pieces):
         pass
     link.cut()
     with pytest.raises(ConnectionError, match=f"lost the log of {id}.*for 0.5 s"):
         list(pieces)
-    submission.stop(here, id)
+    jobs.stop(id)
+    while jobs.find(id).state != "STOPPED":
+        time.sleep(0.05)
 
 
-def test_a_job_is_stopped_once(here: Environment) -> None:
-    id = _start(here, "sleep 600")
-    stopped = submission.stop(here, id)
-    assert (stopped.status, stopped.id) == ("STOPPED", id)
-    assert stopped.ended is not None
-    assert submission.stop(here, id) == stopped
-    assert stopped in submission.jobs(here)
+def test_an_unknown_job_is_told(here: Environment, jobs: Queue) -> None:
+    with pytest.raises(QueueError, match=r"no job 'job-9' in sqlite:.*liftyard jobs"):
+        submission.logs(jobs, "job-9", lambda: here)
 
 
-def test_an_unknown_job_names_those_there_are(here: Environment) -> None:
-    id = _start(here, "true")
-    for ask in (submission.find, submission.logs, submission.stop):
-        with pytest.raises(JobError, match=rf"no job 'job-9' in environment 'local': .*{id} \("):
-            ask(here, "job-9")
-
-
-def test_what_cannot_be_submitted(here: Environment, folder: Path) -> None:
-    with pytest.raises(JobError, match=r"no pipeline none\.yaml"):
-        submission.submit(here, Path("none.yaml"))
-    with pytest.raises(JobError, match=r"'embedded' takes no jobs: .*liftyard up"):
-        submission.jobs(load(None, home=folder))
-    gone = dataclasses.replace(here, dashboard_url="http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match=r"'local' doesn't answer at .*:9: `liftyard up`"):
-        submission.jobs(gone)
+def test_packages_that_cannot_be_had_fail_the_job(jobs: Queue, folder: Path) -> None:
+    absent = _submit(jobs, folder, "true", packages=(str(folder / "absent"),))
+    while not jobs.find(absent).over:
+        time.sleep(0.05)
+    found = jobs.find(absent)
+    assert (found.state, found.attempt) == ("FAILED", 1)
+    assert "absent" in found.message

@@ -27,6 +27,7 @@ locals {
   }
 
   tracking_uri = "http://127.0.0.1:${var.ports.mlflow}"
+  queue        = "sqlite:///${local.home}/queues/terraform.sqlite"
 }
 
 # Another apply of the same files elsewhere gets folders of its own.
@@ -113,6 +114,33 @@ resource "terraform_data" "worker" {
     # A head that was made anew is another cluster.
     replace_triggered_by = [terraform_data.head.id]
   }
+
+  provisioner "local-exec" {
+    command     = self.input.up
+    working_dir = self.input.root
+    environment = self.input.environment
+  }
+
+  provisioner "local-exec" {
+    when        = destroy
+    command     = self.input.down
+    working_dir = self.input.root
+  }
+}
+
+# Hands queued jobs to the head; one that restarts gets them again.
+resource "terraform_data" "dispatcher" {
+  input = {
+    root = local.root
+    up   = "${local.keeper} up --states '${local.states}' --name dispatcher --ready 'log:dispatcher: hands over' -- '${local.python}' -m jobs.dispatch '--queue=${local.queue}' --dashboard=http://127.0.0.1:${var.ports.dashboard}"
+    down = "${local.keeper} down --states '${local.states}' --name dispatcher"
+    environment = {
+      RAY_AUTH_MODE       = "token"
+      RAY_AUTH_TOKEN_PATH = local.token
+    }
+  }
+  triggers_replace = [var.ports.dashboard, local.home, local.python, local.token]
+  depends_on       = [terraform_data.head]
 
   provisioner "local-exec" {
     command     = self.input.up

@@ -7,8 +7,9 @@ output "environment" {
     tracking_uri  = local.tracking_uri
     storage_root  = "${local.home}/tables"
     serve_url     = "http://127.0.0.1:${var.ports.serve}"
+    queue         = local.queue
   }
-  depends_on = [terraform_data.worker, terraform_data.serve]
+  depends_on = [terraform_data.worker, terraform_data.serve, terraform_data.dispatcher]
 }
 
 output "services" {
