@@ -140,7 +140,7 @@ def ours(
 def _trial(outcome: sweep.Outcome) -> Trial:
     return Trial(
         variant=outcome.variant,
-        metrics={} if outcome.valid_auc is None else {"valid_auc": outcome.valid_auc},
+        metrics={} if outcome.score is None else {"valid_auc": outcome.score},
         seconds=outcome.seconds,
         error=outcome.error,
         seed=7,
@@ -195,7 +195,7 @@ def mixed(data: TrainingData, workers: int, scale: float) -> dict[str, Any]:
     gaps: dict[str, float] = {}
     for each, score in zip(found, theirs, strict=True):
         family = str(each.variant["family"])
-        gap = np.inf if score is None else abs((each.valid_auc or 0) - score)
+        gap = np.inf if score is None else abs((each.score or 0) - score)
         gaps[family] = max(gaps.get(family, 0.0), float(gap))
     return {
         "ratio_tune": tune_s / wall_s,
@@ -219,7 +219,7 @@ def default(data: TrainingData, workers: int, scale: float) -> dict[str, Any]:
     return {
         "ratio_tune_default": tune_s / wall_s,
         "ratio_tune_default_variants": len(variants),
-        "same_scores_default": theirs == [each.valid_auc for each in found],
+        "same_scores_default": theirs == [each.score for each in found],
     }
 
 
@@ -248,7 +248,7 @@ def reuse(data: TrainingData, workers: int, scale: float) -> dict[str, Any]:
 
 
 def _scores(ran: tuple[float, list[sweep.Outcome], float]) -> tuple[float, list[float | None]]:
-    return ran[0], [each.valid_auc for each in ran[1]]
+    return ran[0], [each.score for each in ran[1]]
 
 
 def asha(data: TrainingData, workers: int, scale: float) -> dict[str, Any]:
@@ -344,8 +344,8 @@ def _ours_in(
         found = sweep.run(
             source, data, journal=Path(folder) / "journal", on=warm, limit_s=limit_s * 0.7
         )
-        found = [each for each in found if each.valid_auc is not None]
-        found.sort(key=lambda each: -(each.valid_auc or 0))
+        found = [each for each in found if each.score is not None]
+        found.sort(key=lambda each: -(each.score or 0))
         best, spent = [], 0.0
         for each in found:
             # As many as can be trained again in what is left of the time.
@@ -378,7 +378,7 @@ def flat(data: TrainingData, workers: int, most: int) -> dict[str, Any]:
 
 def nothing(pack: Sequence[Variant], data: Any, **how: Any) -> list[sweep.Outcome]:
     """Variants that take no time."""
-    return [sweep.Outcome(variant=dict(variant), valid_auc=0.5, seconds=0.0) for variant in pack]
+    return [sweep.Outcome(variant=dict(variant), score=0.5, seconds=0.0) for variant in pack]
 
 
 def driver(workers: int, actors: int = 64) -> dict[str, Any]:

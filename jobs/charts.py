@@ -96,12 +96,13 @@ def calibration(curves: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def sweep_progress(families: Sequence[str], scores: Sequence[float | None]) -> Figure:
-    """Validation AUC of each variant and the best so far.
+def sweep_progress(families: Sequence[str], scores: Sequence[float | None], title: str) -> Figure:
+    """Validation score of each variant and the best so far.
 
     Args:
         families: Each variant's, in order of finishing.
-        scores: Validation AUC, None where the variant failed.
+        scores: Validation score, None where the variant failed.
+        title: What the score is called.
     """
     figure, (axes,) = _panels(1, 1, width=8.4, height=3.6)
     order = np.arange(1, len(scores) + 1)
@@ -121,21 +122,60 @@ def sweep_progress(families: Sequence[str], scores: Sequence[float | None]) -> F
             color=MUTED, label="failed", transform=axes.get_xaxis_transform(),
         )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    _label(axes, "variants, in order of finishing", "validation AUC")
+    _label(axes, "variants, in order of finishing", title)
     figure.legend(loc="outside upper left", ncols=6, frameon=False, labelcolor=INK)
     return figure
 
 
-def parallel_coordinates(settings: Mapping[str, Sequence[Any]], scores: Sequence[float]) -> Figure:
-    """One line a variant across its settings, coloured by the fifth its validation AUC is in.
+def pareto(
+    families: Sequence[str], costs: Sequence[float], scores: Sequence[float], title: str
+) -> Figure:
+    """Each variant's score over its cost, and the front that no other is better than.
+
+    Args:
+        families: Each variant's.
+        costs: What a row takes, microseconds, above 0.
+        scores: Validation score of each variant.
+        title: What the score is called.
+    """
+    figure, (axes,) = _panels(1, 1, width=8.4, height=3.6)
+    x, y = np.asarray(costs), np.asarray(scores)
+    for place, family in enumerate(dict.fromkeys(families)):
+        mine = np.array([each == family for each in families])
+        axes.plot(
+            x[mine], y[mine], linestyle="", marker=MARKERS[place % 5], markersize=4,
+            color=SERIES[place % 5], alpha=0.75, label=_plain(family),
+        )  # fmt: skip
+    best = front(costs, scores)
+    axes.step(x[best], y[best], where="post", color=INK, linewidth=1.4, label="Pareto front")
+    axes.set_xscale("log")
+    _label(axes, "microseconds a row", title)
+    figure.legend(loc="outside upper left", ncols=6, frameon=False, labelcolor=INK)
+    return figure
+
+
+def front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
+    """Places of those that none beats in score at no more cost, the cheapest first."""
+    found: list[int] = []
+    for place in sorted(range(len(costs)), key=lambda at: (costs[at], -scores[at])):
+        if not found or scores[place] > scores[found[-1]]:
+            found.append(place)
+    return found
+
+
+def parallel_coordinates(
+    settings: Mapping[str, Sequence[Any]], scores: Sequence[float], title: str
+) -> Figure:
+    """One line a variant across its settings, coloured by the fifth its validation score is in.
 
     Args:
         settings: Setting to its value in each variant. Numbers above 0 that span a factor of 8
             or more are on a log axis; values that aren't numbers are spaced evenly.
-        scores: Validation AUC of each variant.
+        scores: Validation score of each variant.
+        title: What the score is called.
     """
-    auc = np.asarray(scores, dtype=np.float64)
-    columns = {**settings, "validation AUC": list(scores)}
+    score_n = np.asarray(scores, dtype=np.float64)
+    columns = {**settings, title: list(scores)}
     figure, (axes,) = _panels(1, 1, width=max(5.0, 1.45 * len(columns) + 0.6), height=4.2)
     heights = []
     for place, (name, values) in enumerate(columns.items()):
@@ -150,12 +190,12 @@ def parallel_coordinates(settings: Mapping[str, Sequence[Any]], scores: Sequence
             )  # fmt: skip
         label = _plain(name) + ("\n(log)" if log else "")
         axes.text(place, -0.06, label, ha="center", va="top", color=INK, fontsize=9)
-    lines = np.stack([np.broadcast_to(np.arange(len(columns)), (len(auc), len(columns))),
+    lines = np.stack([np.broadcast_to(np.arange(len(columns)), (len(score_n), len(columns))),
                       np.stack(heights, axis=1)], axis=2)  # fmt: skip
-    fifth = fifths(auc)
+    fifth = fifths(score_n)
     for level in np.unique(fifth):
         mine = np.flatnonzero(fifth == level)
-        low, high = auc[mine].min(), auc[mine].max()
+        low, high = score_n[mine].min(), score_n[mine].max()
         axes.add_collection(
             LineCollection(
                 list(lines[mine]), colors=LEVELS[level], linewidths=0.8 + 0.15 * level,
@@ -163,15 +203,15 @@ def parallel_coordinates(settings: Mapping[str, Sequence[Any]], scores: Sequence
             ),
             autolim=False,
         )  # fmt: skip
-    best = int(np.argmax(auc))
+    best = int(np.argmax(score_n))
     axes.plot(np.arange(len(columns)), lines[best, :, 1], color=SERIES[1], linewidth=2.2, zorder=4,
-              label=f"best: {auc[best]:.4f}")  # fmt: skip
+              label=f"best: {score_n[best]:.4f}")  # fmt: skip
     axes.set_xlim(-0.6, len(columns) - 0.7)
     axes.set_ylim(-0.2, 1.04)
     axes.set_axis_off()
     legend = figure.legend(
         loc="outside upper left", ncols=3, frameon=False, labelcolor=INK, fontsize=8,
-        title="validation AUC, by fifth of the variants", title_fontsize=8, alignment="left",
+        title=f"{title}, by fifth of the variants", title_fontsize=8, alignment="left",
     )  # fmt: skip
     legend.get_title().set_color(INK)
     return figure

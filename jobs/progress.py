@@ -1,5 +1,6 @@
 """The live view of a sweep: variants done, failed, stopped, the best so far, rate, time left."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,10 +30,10 @@ class SweepView:
         """Shows a finished pack's outcomes."""
         for outcome in outcomes:
             family = str(outcome.variant["family"])
-            if outcome.valid_auc is None:
+            if outcome.score is None:
                 self._failed[family] = self._failed.get(family, 0) + 1
             else:
-                self._best[family] = max(self._best.get(family, 0.0), outcome.valid_auc)
+                self._best[family] = max(self._best.get(family, -math.inf), outcome.score)
             if outcome.pruned_at is not None:
                 self._pruned[family] = self._pruned.get(family, 0) + 1
             self._bars.update(self._rows[family], advance=1, said=self._said(family))

@@ -14,12 +14,12 @@ import numpy as np
 import polars as pl
 
 from cluster.files import replace_text
-from jobs.sweep import Outcome
+from jobs.sweep_board import LATENCY, Outcome
 from jobs.training_set import LABEL, SPLIT, FeatureColumn, Matrices
 from models import baseline, calibration, ensemble, importance
 from models.encoding import EncodingError
 from models.families import FAMILIES, Fitted, TrainingData, Variant, packs
-from models.metrics import auc, calibration_curve, evaluate, gain_curve
+from models.metrics import METRICS, calibration_curve, evaluate, gain_curve
 from models.registry import Registry
 from models.scoring import Scorer
 
@@ -39,7 +39,9 @@ class Registered:
         family: The best variant's family, or "ensemble".
         variant: Its settings; of an ensemble its `members`, each with its `weight`. With
             `calibration` where one was chosen.
-        valid_auc: Its AUC on the validation rows, which chose it: more than new rows will give.
+        metric: What chose it, of `models.metrics.METRICS`.
+        valid_score: That on the validation rows, a loss with its sign turned: more than new rows
+            will give.
         test: Its metrics on the test rows, by name.
         baseline: The baseline's metrics on the same rows; None where none is declared.
         model_version: The version registered.
@@ -52,7 +54,8 @@ class Registered:
     pruned: int
     family: str
     variant: dict[str, Any]
-    valid_auc: float
+    metric: str
+    valid_score: float
     test: dict[str, float]
     baseline: dict[str, float] | None
     model_version: int
@@ -75,6 +78,8 @@ def register(
     evaluation: Path,
     together: int = 0,
     calibrate: bool = False,
+    metric: str = "auc",
+    slowest_us: float | None = None,
     fit: Callable[[Sequence[Variant], TrainingData], list[Fitted]] | None = None,
 ) -> Registered:
     """Train the best variants again, test them, register one, and promote it if it earns that.
@@ -93,17 +98,20 @@ def register(
         evaluation: File to leave curves and importance in, as JSON, for the report.
         together: How many of the best are tried as an ensemble; below 2 for none.
         calibrate: Whether validation chooses a calibration.
+        metric: Of `models.metrics.METRICS`, that models are compared by.
+        slowest_us: Microseconds that a row's score may take (`jobs.sweep_board.LATENCY`): the best
+            model within it is taken, alone. None for any.
         fit: Trains variants; None trains them in this process.
 
     Raises:
         RegisterError: Every variant failed.
         MetricError: The test rows have one class only.
     """
-    best = _best(name, outcomes, together)
+    best = _best(name, outcomes, together, slowest_us)
     data = matrices.training_data
     trained = (fit or _fit)([outcome.variant for outcome in best], data)
-    family, variant, predict, valid_n = _together(trained, data.y_valid)
-    valid_auc = auc(data.y_valid, valid_n)
+    family, variant, predict, valid_n = _together(trained, data.y_valid, metric)
+    valid_score = METRICS[metric].score(data.y_valid, valid_n)
     if calibrate:
         method = calibration.choose(data.y_valid, valid_n, seed=seed)
         if method != "raw":
@@ -148,7 +156,7 @@ def register(
         seed=seed,
         git_revision=git_revision,
     )
-    promoted, reason = _earned(name, registry, metrics["auc"], test_rows, y_test)
+    promoted, reason = _earned(name, registry, metric, scores_n, test_rows, y_test)
     if promoted:
         registry.promote(name, card.version)
     else:
@@ -159,7 +167,8 @@ def register(
         pruned=sum(outcome.pruned_at is not None for outcome in outcomes),
         family=card.family,
         variant=variant,
-        valid_auc=valid_auc,
+        metric=metric,
+        valid_score=valid_score,
         test=metrics,
         baseline=None if simple is None else evaluate(y_test, simple),
         model_version=card.version,
@@ -168,16 +177,28 @@ def register(
     )
 
 
-def _best(name: str, outcomes: Sequence[Outcome], together: int) -> list[Outcome]:
-    """The best by validation AUC; what was stopped early isn't what its settings say."""
-    trained = [o for o in outcomes if o.valid_auc is not None and o.pruned_at is None]
+def _best(
+    name: str, outcomes: Sequence[Outcome], together: int, slowest_us: float | None
+) -> list[Outcome]:
+    """The best by validation; what was stopped early isn't what its settings say."""
+    trained = [o for o in outcomes if o.score is not None and o.pruned_at is None]
     if not trained:
         raise RegisterError(
             f"target {name!r}: all {len(outcomes)} variants failed, the first with: "
             f"{outcomes[0].error}; change the sweep's space"
         )
+    if slowest_us is not None:
+        quick = [o for o in trained if o.metrics[LATENCY] <= slowest_us]
+        if not quick:
+            least = min(outcome.metrics[LATENCY] for outcome in trained)
+            raise RegisterError(
+                f"target {name!r}: no variant scores a row within slowest_us {slowest_us:g}; the "
+                f"quickest takes {least:.2f} microseconds: allow that, or try smaller models"
+            )
+        # An average takes as long as its members do.
+        trained, together = quick, 0
     # The first of equals, so that the choice doesn't depend on who finished first.
-    trained.sort(key=lambda outcome: -(outcome.valid_auc or 0.0))
+    trained.sort(key=lambda outcome: -(outcome.score or 0.0))
     return trained[: max(1, together)]
 
 
@@ -187,10 +208,12 @@ def _fit(variants: Sequence[Variant], data: TrainingData) -> list[Fitted]:
 
 
 def _together(
-    trained: Sequence[Fitted], y_valid: np.ndarray
+    trained: Sequence[Fitted], y_valid: np.ndarray, metric: str
 ) -> tuple[str, dict[str, Any], Callable[[np.ndarray], np.ndarray], np.ndarray]:
     """Family, settings, predict function and validation scores of the best, or of their mean."""
-    weights = ensemble.greedy(y_valid, [each.valid_scores for each in trained])
+    weights = ensemble.greedy(
+        y_valid, [each.valid_scores for each in trained], metric=METRICS[metric].score
+    )
     picked = [(each, w) for each, w in zip(trained, weights, strict=True) if w > 0]
     if len(picked) == 1:
         (alone, _), *_ = picked
@@ -205,21 +228,28 @@ def _together(
 
 
 def _earned(
-    name: str, registry: Registry, newcomer_auc: float, test_rows: pl.DataFrame, y_test: np.ndarray
+    name: str,
+    registry: Registry,
+    metric: str,
+    newcomer: np.ndarray,
+    test_rows: pl.DataFrame,
+    y_test: np.ndarray,
 ) -> tuple[bool, str]:
     if registry.champion(name) is None:
         return True, "there was no champion"
     card, champion = registry.load(name)
     try:
-        standing = auc(y_test, champion.score(test_rows))
+        scores = champion.score(test_rows)
     except EncodingError as error:
         return False, (
             f"champion {card.version} can't score these test rows ({error}), so the two can't be "
             "compared; `liftyard promote` decides by hand"
         )
-    beats = newcomer_auc > standing
+    by = METRICS[metric]
+    own, standing = by.of(y_test, newcomer), by.of(y_test, scores)
+    beats = own > standing if by.more else own < standing
     return beats, (
-        f"test AUC {newcomer_auc:.4f} {'beats' if beats else 'does not beat'} "
+        f"test {by.title} {own:.4f} {'beats' if beats else 'does not beat'} "
         f"champion {card.version}'s {standing:.4f} on the same rows"
     )
 

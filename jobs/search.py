@@ -177,10 +177,10 @@ class Learned:
         family, trials = self._asked[self._told]
         self._told += 1
         for trial, outcome in zip(trials, outcomes, strict=True):
-            if outcome.valid_auc is None:
+            if outcome.score is None:
                 self._studies[family].tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
-                self._studies[family].tell(trial, outcome.valid_auc)
+                self._studies[family].tell(trial, outcome.score)
 
 
 def _study(sampler: str, seed: int) -> Any:

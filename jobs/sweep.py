@@ -22,10 +22,10 @@ from typing import Any, Protocol
 from cluster import estimators
 from cluster.device import choose
 from cluster.files import replace_text
-from jobs.sweep_board import Board, Halving, Listed, Outcome, Pack, Source, key
+from jobs.sweep_board import LATENCY, Board, Halving, Listed, Outcome, Pack, Source, key
 from models import forest
 from models.families import FAMILIES, Fitted, TrainingData, Variant, cost, packs
-from models.metrics import auc
+from models.metrics import METRICS
 
 __all__ = [
     "Halving",
@@ -46,6 +46,8 @@ __all__ = [
 
 # What others gave back is free a moment later.
 SETTLE_S = 5.0
+# Rows that latency is measured on.
+LATENCY_ROWS = 1_000
 
 
 class SweepError(RuntimeError):
@@ -131,7 +133,7 @@ def run(
         halving: Stops boosters that do worse than others of their bracket; None trains all whole.
         limit_s: Seconds after which no further pack is started; what then wasn't begun isn't in
             the journal, and isn't returned.
-        train: What is done with a pack; None trains it and scores it by AUC (`train_pack`).
+        train: What is done with a pack; None is `train_pack`, which scores by AUC.
         on_done: Called with the journal's outcomes, then with each finished pack's, for progress
             and for tracking.
 
@@ -348,7 +350,14 @@ def _fit_pack(
     return FAMILIES[family](pack, data, device=device, **halved)
 
 
-def train_pack(pack: Sequence[Variant], data: TrainingData, **how: Any) -> list[Outcome]:
+def train_pack(
+    pack: Sequence[Variant],
+    data: TrainingData,
+    *,
+    metric: str = "auc",
+    latency: bool = False,
+    **how: Any,
+) -> list[Outcome]:
     """What an actor makes of a pack; nothing that a variant does wrong is raised.
 
     A pack that doesn't fit in memory is halved and tried again; one that fails otherwise is tried
@@ -357,21 +366,27 @@ def train_pack(pack: Sequence[Variant], data: TrainingData, **how: Any) -> list[
     Args:
         pack: Variants of one family.
         data: Encoded rows.
+        metric: Of `models.metrics.METRICS`, that variants are compared by.
+        latency: Whether outcomes have the metric `LATENCY` too.
         how: For the family: device, until, looks, held.
     """
     started, cpu = time.perf_counter(), time.process_time()
     try:
-        fitted = _fit_pack(pack, data, **how)
-        scored = [float(auc(data.y_valid, each.valid_scores)) for each in fitted]
+        fitted = _fit_pack(pack, data, metric=metric, **how)
+        scored = [METRICS[metric].score(data.y_valid, each.valid_scores) for each in fitted]
     except Exception as error:
         if len(pack) > 1:
             size = len(pack) // 2 if out_of_memory(error) else 1
             parts = [pack[at : at + size] for at in range(0, len(pack), size)]
-            return [outcome for part in parts for outcome in train_pack(part, data, **how)]
+            return [
+                outcome
+                for part in parts
+                for outcome in train_pack(part, data, metric=metric, latency=latency, **how)
+            ]
         return [
             Outcome(
                 variant=dict(pack[0]),
-                valid_auc=None,
+                score=None,
                 seconds=time.perf_counter() - started,
                 error=f"{type(error).__name__}: {error}",
                 cpu_s=time.process_time() - cpu,
@@ -382,14 +397,26 @@ def train_pack(pack: Sequence[Variant], data: TrainingData, **how: Any) -> list[
     return [
         Outcome(
             variant=each.variant,
-            valid_auc=score,
+            score=score,
             seconds=each.seconds,
             cpu_s=each.seconds * cpu_share,
             curve=[list(point) for point in each.curve],
             pruned_at=each.pruned_at,
+            metrics={LATENCY: _latency_us(each, data)} if latency else {},
         )
         for each, score in zip(fitted, scored, strict=True)
     ]
+
+
+def _latency_us(fitted: Fitted, data: TrainingData) -> float:
+    """The quickest of three goes, so that what else the machine does counts little."""
+    rows = data.x_valid[:LATENCY_ROWS]
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        fitted.predict(rows)
+        took.append(time.perf_counter() - began)
+    return min(took) / len(rows) * 1e6
 
 
 def cluster_pack(pack: Sequence[Variant], data: Any, **how: Any) -> list[Outcome]:
@@ -412,12 +439,12 @@ def cluster_pack(pack: Sequence[Variant], data: Any, **how: Any) -> list[Outcome
             (made,) = clustering.fit_pack([variant], data)
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
-            outcomes.append(Outcome(variant=dict(variant), valid_auc=None, seconds=0.0, error=said))
+            outcomes.append(Outcome(variant=dict(variant), score=None, seconds=0.0, error=said))
             continue
         outcomes.append(
             Outcome(
                 variant=made.variant,
-                valid_auc=None,
+                score=None,
                 seconds=made.seconds,
                 cpu_s=time.process_time() - cpu,
                 metrics=made.metrics,

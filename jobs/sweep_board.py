@@ -13,6 +13,9 @@ from typing import Any, Protocol
 
 from models.families import FAMILIES, Variant, cost
 
+# Name of a metric of outcomes: microseconds that a row's score takes, in a batch on one CPU.
+LATENCY = "row_us"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -20,17 +23,18 @@ class Outcome:
 
     Attributes:
         variant: Its settings.
-        valid_auc: AUC on the validation rows; None where it failed.
+        score: The sweep's metric on the validation rows, a loss with its sign turned: more is
+            better. None where it failed.
         seconds: Training seconds, the pack's shared part split evenly.
         error: Why it failed, or None.
         cpu_s: CPU seconds of the worker, split like `seconds`.
-        curve: Rounds and validation AUC, for families that train round by round.
-        pruned_at: Rounds after which halving stopped it; `valid_auc` is of then. Else None.
+        curve: Rounds and score, for families that train round by round.
+        pruned_at: Rounds after which halving stopped it; `score` is of then. Else None.
         metrics: Other scores by name, of work that isn't scored by AUC.
     """
 
     variant: dict[str, Any]
-    valid_auc: float | None
+    score: float | None
     seconds: float
     error: str | None = None
     cpu_s: float = 0.0

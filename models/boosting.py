@@ -24,7 +24,7 @@ from models.families import (
     require_above_zero,
     require_at_least,
 )
-from models.metrics import MetricError, auc
+from models.metrics import METRICS, MetricError
 
 DEFAULTS: dict[str, Any] = {
     "rounds": 100,
@@ -64,12 +64,13 @@ def fit_pack(
     until: int | None = None,
     held: MutableMapping[str, Any] | None = None,
     looks: Sequence[int] = (),
+    metric: str = "auc",
 ) -> list[Fitted]:
     """Trains each variant, identical to the bit to training it alone.
 
     Args:
         variants: Settings out of `DEFAULTS`. With `patience`, a booster stops once its validation
-            AUC, looked at every `STEP` rounds, hasn't risen for so many rounds, and its best
+            metric, looked at every `STEP` rounds, hasn't risen for so many rounds, and its best
             look is what predicts.
         data: Rows to train on and to score; binned once a process for each `max_bin`.
         device: XGBoost's name of the device, "cpu" or "cuda".
@@ -77,6 +78,7 @@ def fit_pack(
         held: Boosters that an earlier call stopped; they go on from there, and stopped ones are
             put there. One from another process wouldn't give the same bits.
         looks: Further rounds at which the curve has a point.
+        metric: Of `models.metrics.METRICS`, that the curve has.
 
     Returns:
         One `Fitted` a variant, in their order.
@@ -96,7 +98,7 @@ def fit_pack(
         started = time.perf_counter()
         shared = {name: v for name, v in settings[places[0]].items() if name != "rounds"}
         key = repr(sorted(shared.items()))
-        growing = held.pop(key, None) or _Growing(shared, data, device)
+        growing = held.pop(key, None) or _Growing(shared, data, device, metric)
         longest = max(settings[place]["rounds"] for place in places)
         growing.grow(longest if until is None else min(until, longest), looks)
         if until is not None and until < longest and not growing.stopped:
@@ -122,11 +124,16 @@ def fit_pack(
 class _Growing:
     """A booster that is trained a few rounds at a time."""
 
-    def __init__(self, settings: Mapping[str, Any], data: TrainingData, device: str) -> None:
+    def __init__(
+        self, settings: Mapping[str, Any], data: TrainingData, device: str, metric: str
+    ) -> None:
         import xgboost
 
         self.matrices = _binned(data, settings["max_bin"], device)
         self._y_valid = data.y_valid
+        self._metric = METRICS[metric]
+        # A constant added to all margins moves no ranking.
+        self._ranks = metric in ("auc", "average_precision", "top_decile_lift")
         self._patience = settings["patience"]
         self.booster = xgboost.Booster(
             {
@@ -170,13 +177,16 @@ class _Growing:
         margin_m = self.booster.predict(
             self.matrices.valid, output_margin=True, iteration_range=(self._seen, self._done)
         )
-        # The base score is in each slice; a constant doesn't move the AUC.
+        # The base score is in each slice.
         margin_m = self._margin_m + margin_m
         if not self._patience or self._done % STEP == 0:
             # With patience only at steps, so that no other look changes a step's last bits.
             self._margin_m, self._seen = margin_m, self._done
+        shown_m = (
+            margin_m if self._ranks else _scores(self.booster, self._done, self.matrices.valid)
+        )
         try:
-            self._curve.append((self._done, auc(self._y_valid, margin_m)))
+            self._curve.append((self._done, self._metric.score(self._y_valid, shown_m)))
         except MetricError:
             return  # Validation rows of one class: the caller tells of it.
         if self._patience and self._done % STEP == 0:

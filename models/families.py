@@ -89,7 +89,7 @@ class Fitted:
         valid_scores: (m,) float64, probability of 1 for each row of x_valid.
         seconds: Wall seconds; work that a pack shares is split evenly among its variants.
         predict: (n, p) float32 to (n,) float64, probability of 1.
-        curve: Validation AUC after so many rounds, for families that train round by round.
+        curve: Validation score after so many rounds, for families that train round by round.
         pruned_at: Rounds after which it was stopped short of what it asks for, or None.
     """
 
@@ -107,7 +107,7 @@ class FitPack(Protocol):
     def __call__(
         self, variants: Sequence[Variant], data: TrainingData, *, device: str = "cpu", **halved: Any
     ) -> list[Fitted]:
-        """Trains each variant; `halved` is boosting's until, looks and held."""
+        """Trains each variant; `halved` is boosting's until, looks, held and metric."""
 
 
 # The family modules import this one for its types, hence the imports inside.

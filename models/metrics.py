@@ -5,6 +5,8 @@ whatever the order of the rows.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -145,19 +147,50 @@ def gain_curve(y: np.ndarray, p: np.ndarray, points: int = 100) -> tuple[np.ndar
     return share, np.interp(share, rows, found)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number that says how good scores are.
+
+    Attributes:
+        title: For people.
+        more: Whether more is better.
+        of: Takes y and p.
+    """
+
+    title: str
+    more: bool
+    of: Callable[[np.ndarray, np.ndarray], float]
+
+    def score(self, y: np.ndarray, p: np.ndarray) -> float:
+        """The metric, a loss with its sign turned: more is better."""
+        return self.of(y, p) if self.more else -self.of(y, p)
+
+    def own(self, score: float) -> float:
+        """The metric's own value, of a `score`."""
+        return score if self.more else -score
+
+    @property
+    def score_title(self) -> str:
+        """What `score` is called."""
+        return self.title if self.more else f"negative {self.title}"
+
+
+METRICS = {
+    "auc": Metric(title="AUC", more=True, of=auc),
+    "average_precision": Metric(title="average precision", more=True, of=average_precision),
+    "log_loss": Metric(title="log loss", more=False, of=log_loss),
+    "brier": Metric(title="Brier score", more=False, of=brier),
+    "top_decile_lift": Metric(title="lift in the top decile", more=True, of=top_decile_lift),
+}
+
+
 def evaluate(y: np.ndarray, p: np.ndarray) -> dict[str, float]:
     """All single-number metrics, by name.
 
     Raises:
         MetricError: The target has one class only, or an input is malformed.
     """
-    return {
-        "auc": auc(y, p),
-        "average_precision": average_precision(y, p),
-        "log_loss": log_loss(y, p),
-        "brier": brier(y, p),
-        "top_decile_lift": top_decile_lift(y, p),
-    }
+    return {name: metric.of(y, p) for name, metric in METRICS.items()}
 
 
 def _checked(y: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -75,12 +75,56 @@ def test_the_best_together_beat_the_best_alone_and_score_as_they_were_tested(
     alone, together_, calibrated = found
     assert alone.family == "boosting" and alone.variant == VARIANTS[1]
     assert together_.family == "ensemble"
-    assert together_.valid_auc > alone.valid_auc
+    assert together_.valid_score > alone.valid_score
     members = together_.variant["members"]
     assert sum(member["weight"] for member in members) == pytest.approx(1)
     assert all({k: v for k, v in m.items() if k != "weight"} in VARIANTS[:3] for m in members)
     assert calibrated.test["log_loss"] < together_.test["log_loss"] + 0.01
     assert calibrated.variant.get("calibration") in (None, "platt", "isotonic")
+
+
+def test_a_loss_as_the_metric(
+    frame: pl.DataFrame,
+    matrices: Matrices,
+    outcomes: list[Outcome],
+    registry: Registry,
+    tmp_path: Path,
+) -> None:
+    said = [FeatureColumn(name=name, description=name, unit="") for name in NAMES]
+    by_loss = [
+        train_pack([each.variant], matrices.training_data, metric="log_loss")[0]
+        for each in outcomes
+    ]
+    settings = {
+        "baseline_features": (), "data_version": "training/target@0", "seed": 1,
+        "metric": "log_loss", "git_revision": "0a1b2c3", "evaluation": tmp_path / "evaluation.json",
+    }  # fmt: skip
+    done = register("target", by_loss, frame, matrices, said, registry, **settings)  # type: ignore[arg-type]
+    assert done.valid_score == max(each.score for each in by_loss if each.score is not None) < 0
+    worst = [min(by_loss, key=lambda each: each.score or 0)]
+    again = register("target", worst, frame, matrices, said, registry, **settings)  # type: ignore[arg-type]
+    assert not again.promoted
+    assert again.reason.startswith(f"test log loss {again.test['log_loss']:.4f} does not beat")
+    assert again.test["log_loss"] > done.test["log_loss"]
+
+
+def test_a_model_that_is_too_slow_is_not_registered(
+    frame: pl.DataFrame,
+    matrices: Matrices,
+    outcomes: list[Outcome],
+    registry: Registry,
+    tmp_path: Path,
+) -> None:
+    said = [FeatureColumn(name=name, description=name, unit="") for name in NAMES]
+    timed = [replace(each, metrics={"row_us": 10.0 - at}) for at, each in enumerate(outcomes)]
+    settings = {
+        "baseline_features": (), "data_version": "training/target@0", "seed": 1, "together": 4,
+        "git_revision": "0a1b2c3", "evaluation": tmp_path / "evaluation.json",
+    }  # fmt: skip
+    done = register("target", timed, frame, matrices, said, registry, slowest_us=7.0, **settings)  # type: ignore[arg-type]
+    assert done.variant == outcomes[3].variant
+    with pytest.raises(RegisterError, match=r"within slowest_us 0.5; the quickest takes 7.00"):
+        register("target", timed, frame, matrices, said, registry, slowest_us=0.5, **settings)  # type: ignore[arg-type]
 
 
 def test_what_was_stopped_early_is_not_registered(
@@ -100,6 +144,6 @@ def test_what_was_stopped_early_is_not_registered(
     stopped[best] = outcomes[best]
     done = register("target", stopped, frame, matrices, said, registry, together=5, **settings)  # type: ignore[arg-type]
     assert (done.family, done.pruned) == ("logistic", 3)
-    failed = [replace(each, valid_auc=None, error="ValueError: no") for each in outcomes]
+    failed = [replace(each, score=None, error="ValueError: no") for each in outcomes]
     with pytest.raises(RegisterError, match="all 4 variants failed"):
         register("target", failed, frame, matrices, said, registry, **settings)  # type: ignore[arg-type]

@@ -124,7 +124,7 @@ def variants(count: int) -> list[dict[str, Any]]:
         lines.append(
             {
                 "variant": {"family": family, **settings},
-                "valid_auc": None if failed else auc + draw.gauss(0, 0.004),
+                "score": None if failed else auc + draw.gauss(0, 0.004),
                 "seconds": draw.uniform(0.02, 0.4),
                 "error": f"VariantError: no rows at {place}" if failed else None,
             }
@@ -211,7 +211,7 @@ def steps() -> list[dict[str, Any]]:
                 "engine": "polars",
             },
         ),
-        step("sweep", 71.25, (21577, 400), "ray"),
+        step("sweep", 71.25, (21577, 400), "ray", lapse_30d={"metric": "auc"}),
         step("register", 4.013, (2, 2), "mlflow"),
     ]
 
@@ -222,7 +222,7 @@ def target() -> dict[str, Any]:
         "failed": 8,
         "family": "boosting",
         "variant": {"family": "boosting", "rounds": 400, "depth": 2, "learning_rate": 0.0512345678},
-        "valid_auc": 0.74321,
+        "valid_score": 0.74321,
         "test_auc": 0.73456,
         "test_average_precision": 0.41237,
         "test_log_loss": 0.40321,
@@ -331,7 +331,7 @@ def test_curves_have_their_numbers_in_tables(page: Page) -> None:
 
 def test_sweep(page: Page) -> None:
     lines = variants(200)
-    finished = [line["valid_auc"] for line in lines if line["error"] is None]
+    finished = [line["score"] for line in lines if line["error"] is None]
     assert any(f"AUC of {max(finished):.4f}" in label for label in page.labels)
     for line in lines:
         if line["error"] is not None:
@@ -340,7 +340,7 @@ def test_sweep(page: Page) -> None:
     for family in ("boosting", "forest", "network"):
         assert any(f"variants of {family} across" in label for label in page.labels)
         mine = [line for line in lines if line["variant"]["family"] == family]
-        good = [line["valid_auc"] for line in mine if line["error"] is None]
+        good = [line["score"] for line in mine if line["error"] is None]
         row = page.row(family, str(len(good)))
         assert row[2:4] == [str(len(mine) - len(good)), f"{max(good):.4f}"]
     every = [row for row in page.rows if len(row) == 8 and row[0].isdigit()]
@@ -387,10 +387,10 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         targets={"x": target() | {"reason": evil, "variant": {"family": evil, evil: evil}}},
     )
     lines = [
-        {"variant": {"family": evil, evil: value}, "valid_auc": auc, "seconds": 1, "error": None}
+        {"variant": {"family": evil, evil: value}, "score": auc, "seconds": 1, "error": None}
         for value, auc in ((evil, 0.6), ("$\\frac$", 0.7), ("b", 0.65))
     ]
-    lines.append(lines[0] | {"valid_auc": None, "error": evil})
+    lines.append(lines[0] | {"score": None, "error": evil})
     (folder / "sweep-x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = evaluation()
     told["importance"] = [
@@ -441,7 +441,7 @@ def test_odd_sweeps(tmp_path: Path, scores: list[float | None]) -> None:
     lines = [
         {
             "variant": {"family": "forest", "trees": 10 * (place + 1), "flag": place % 2 == 0},
-            "valid_auc": score,
+            "score": score,
             "seconds": 0.1,
             "error": "ValueError: no" if score is None else None,
         }
@@ -454,7 +454,36 @@ def test_odd_sweeps(tmp_path: Path, scores: list[float | None]) -> None:
     row = page.row("forest", str(len(good)))
     assert row[2] == str(len(scores) - len(good))
     if any(score is not None and math.isnan(score) for score in scores):
-        assert "validation AUC is nan" in page.text
+        assert "its validation score is nan" in page.text
+
+
+def test_pareto_front(tmp_path: Path) -> None:
+    folder = make(tmp_path / RUN_ID)
+    lines = [
+        {
+            "variant": {"family": family, "size": size},
+            "score": score,
+            "seconds": 0.1,
+            "error": None,
+            "metrics": {"row_us": cost},
+        }
+        for family, size, cost, score in (
+            ("boosting", 1, 2.0, 0.7),
+            ("boosting", 2, 4.0, 0.8),
+            ("boosting", 3, 5.0, 0.75),
+            ("forest", 4, 4.0, 0.79),
+            ("forest", 5, 9.0, 0.9),
+        )
+    ]
+    journal = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "sweep-lapse_30d.jsonl").write_text(journal)
+    page = read(folder)
+    assert [row for row in page.rows if row[-1] in ("size 1", "size 2", "size 5")] == [
+        ["2.00", "0.7000", "boosting", "size 1"],
+        ["4.00", "0.8000", "boosting", "size 2"],
+        ["9.00", "0.9000", "forest", "size 5"],
+    ]
+    assert any("3 are on the front" in label for label in page.labels)
 
 
 def test_explained_is_epsilon_squared() -> None:

@@ -65,7 +65,7 @@ def outcomes(pack: list[Variant]) -> list[Outcome]:
     return [
         Outcome(
             variant=dict(each),
-            valid_auc=0.9 - abs(each["depth"] - 5) / 20 - abs(each["learning_rate"] - 0.1),
+            score=0.9 - abs(each["depth"] - 5) / 20 - abs(each["learning_rate"] - 0.1),
             seconds=1.0,
         )
         for each in pack
@@ -97,7 +97,7 @@ def test_tpe_learns_and_asks_the_same_twice() -> None:
     for pack in asked:
         assert [each["rounds"] for each in pack] == [50, 100]
         assert len({(each["depth"], each["learning_rate"]) for each in pack}) == 1
-    scores = [outcomes(pack)[0].valid_auc or 0 for pack in asked]
+    scores = [outcomes(pack)[0].score or 0 for pack in asked]
     assert sum(scores[20:]) / 10 > sum(scores[:10]) / 10 + 0.05
 
 
@@ -114,7 +114,7 @@ def test_a_failed_variant_teaches_nothing_and_stops_nothing() -> None:
     pack = source.ask()
     assert pack is not None
     source.tell(
-        [Outcome(variant=dict(each), valid_auc=None, seconds=0.0, error="NaN") for each in pack]
+        [Outcome(variant=dict(each), score=None, seconds=0.0, error="NaN") for each in pack]
     )
     assert source.ask() is not None
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def pair(pools: tuple[sweep.Pool, sweep.Pool]) -> sweep.Pool:
 
 
 def scores(outcomes: Sequence[sweep.Outcome]) -> list[float | None]:
-    return [outcome.valid_auc for outcome in outcomes]
+    return [outcome.score for outcome in outcomes]
 
 
 def test_scores_do_not_depend_on_workers(
@@ -60,6 +61,32 @@ def test_scores_do_not_depend_on_workers(
     assert scores(one) == scores(two)
     assert [outcome.variant for outcome in one] == VARIANTS
     assert all(score is not None and score > 0.6 for score in scores(one))
+
+
+def test_another_metric_decides(tmp_path: Path, data: TrainingData, alone: sweep.Pool) -> None:
+    from sklearn.metrics import average_precision_score, log_loss
+
+    theirs = {
+        "log_loss": lambda y, p: -log_loss(y, p),
+        "average_precision": average_precision_score,
+    }
+    for metric, score in theirs.items():
+        train = partial(sweep.train_pack, metric=metric)
+        outcomes = sweep.run(VARIANTS, data, journal=tmp_path / metric, on=alone, train=train)
+        fitted = sweep.fit(VARIANTS, data, on=alone)
+        for outcome, model in zip(outcomes, fitted, strict=True):
+            expected = score(data.y_valid, model.predict(data.x_valid))
+            assert outcome.score == pytest.approx(expected, rel=1e-6)
+            if outcome.curve:
+                assert outcome.curve[-1] == [outcome.variant["rounds"], outcome.score]
+
+
+def test_latency_is_measured_where_it_is_asked_for(data: TrainingData) -> None:
+    plain = sweep.train_pack(VARIANTS[4:6], data)
+    timed = sweep.train_pack(VARIANTS[4:6], data, latency=True)
+    assert [each.metrics for each in plain] == [{}, {}]
+    assert all(each.metrics["row_us"] > 0 for each in timed)
+    assert scores(timed) == scores(plain)
 
 
 def test_resume_trains_only_what_is_missing(
@@ -106,7 +133,7 @@ def test_a_failing_variant_is_told_and_stops_nothing(
 ) -> None:
     bad = {"family": "boosting", "rounds": 0, "depth": 2}
     outcomes = sweep.run([*VARIANTS[:2], bad], data, journal=tmp_path / "journal", on=alone)
-    assert outcomes[2].valid_auc is None
+    assert outcomes[2].score is None
     assert outcomes[2].error is not None
     assert "rounds" in outcomes[2].error
     assert all(outcome.error is None for outcome in outcomes[:2])
@@ -122,7 +149,7 @@ HALVING = sweep.Halving(rungs=(5, 15), keep=0.34, bracket=5)
 
 
 def told(outcomes: Sequence[sweep.Outcome]) -> list[object]:
-    return [(each.variant, each.valid_auc, each.pruned_at, each.curve) for each in outcomes]
+    return [(each.variant, each.score, each.pruned_at, each.curve) for each in outcomes]
 
 
 def test_halving_goes_on_where_it_stopped_and_is_the_same_with_any_workers(
@@ -137,7 +164,7 @@ def test_halving_goes_on_where_it_stopped_and_is_the_same_with_any_workers(
     assert sorted(stopped, key=str) == [15, 15, 5, 5, 5, 5, 5, None, None]
     for each, alone in zip(one, whole, strict=True):
         if each.pruned_at is None:
-            assert each.valid_auc == alone.valid_auc
+            assert each.score == alone.score
 
 
 def test_a_halved_sweep_resumes_to_the_same_end(
@@ -226,15 +253,15 @@ def test_a_pack_that_does_not_fit_in_memory_is_halved(
     pack = [{"family": "network", "epochs": 1, "seed": seed} for seed in range(7)]
     outcomes = sweep.train_pack(pack, data)
     assert [outcome.variant for outcome in outcomes] == pack
-    assert all(outcome.valid_auc is not None for outcome in outcomes)
+    assert all(outcome.score is not None for outcome in outcomes)
     assert sizes == [7, 3, 1, 1, 1, 3, 1, 1, 1, 1]
 
 
 def test_a_variant_whose_scores_are_not_numbers_is_told(data: TrainingData) -> None:
     pack = [{"family": "network", "epochs": 1, "learning_rate": r} for r in (0.003, 1e30)]
     good, bad = sweep.train_pack(pack, data)
-    assert good.error is None and good.valid_auc is not None
-    assert bad.valid_auc is None and bad.error is not None and "finite" in bad.error
+    assert good.error is None and good.score is not None
+    assert bad.score is None and bad.error is not None and "finite" in bad.error
 
 
 def test_clusterings_go_through_the_same_actors_and_journal(
@@ -277,4 +304,4 @@ def test_models_are_trained_again_as_they_were(
         sweep.fit([{"family": "boosting", "rounds": 0}], data, on=pair)
     assert [each.variant for each in fitted] == VARIANTS[::-1]
     for each, outcome in zip(fitted, outcomes[::-1], strict=True):
-        assert auc(data.y_valid, each.predict(data.x_valid)) == outcome.valid_auc
+        assert auc(data.y_valid, each.predict(data.x_valid)) == outcome.score

@@ -65,7 +65,7 @@ def compute(root: Path, journal: Path, lease: Any) -> dict[str, Any]:
         "engine": built.engine,
         "rows": table.height,
         "digest": int(table.sort("customer", "cutoff").hash_rows(seed=1).sum() & 0xFFFFFFFF),
-        "scores": [outcome.valid_auc for outcome in outcomes],
+        "scores": [outcome.score for outcome in outcomes],
         "trained": len(written.splitlines()),
     }
 
