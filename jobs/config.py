@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from jobs.search import SAMPLERS, SETTINGS, SPACE, draw
+from jobs.sentiment_config import SentimentTraining
 from models.families import FAMILIES
 from models.features import FeatureSpec, describe
 from models.naming import suggestion
@@ -261,13 +262,18 @@ class Sweep(_Model):
     """The families that a sweep trains; what a family leaves out is its default space's.
 
     `sampler` draws the variants; one that learns from outcomes asks for `ahead` packs beyond those
-    told. `halving` stops boosters early. `ensemble` is how many of the best are tried together
-    (0: the best alone), and `calibrate` lets validation choose among raw scores, Platt's
-    sigmoid and isotonic regression.
+    told. `metric`, on the validation rows, is what models are compared by. `latency` measures what
+    a row's score takes as well, for the report's Pareto front, and a model that takes more than
+    `slowest_us` isn't registered. `halving` stops boosters early. `ensemble` is how many of the
+    best are tried together (0: the best alone), and `calibrate` lets validation choose among raw
+    scores, Platt's sigmoid and isotonic regression.
     """
 
     sampler: Literal["random", "grid", "tpe", "cmaes"] = "random"
     ahead: int = Field(default=16, ge=1)
+    metric: Literal["auc", "average_precision", "log_loss", "brier", "top_decile_lift"] = "auc"
+    latency: bool = False
+    slowest_us: float | None = Field(default=None, gt=0)
     halving: Halved | None = None
     ensemble: int = Field(default=10, ge=0, le=50)
     calibrate: bool = False
@@ -296,6 +302,8 @@ class Sweep(_Model):
 
     @model_validator(mode="after")
     def _sampler_fits(self) -> Sweep:
+        if self.slowest_us is not None and not self.latency:
+            raise ValueError(f"slowest_us {self.slowest_us} needs latency: true")
         if self.sampler == "grid":
             draw(self.families, 0, "grid")
         if self.halving and SAMPLERS[self.sampler] and self.ahead < self.halving.bracket:
@@ -306,8 +314,24 @@ class Sweep(_Model):
         return self
 
 
+class Sentiment(SentimentTraining):
+    """A sentiment training, and the tables that its champion scores.
+
+    `scores` maps a table to its column of texts. Its rows, with what was told of each, are the
+    table `TABLE_sentiment`, which features may be of: the column `sentiment`, from -1 to 1, is the
+    probability of positive less that of negative.
+    """
+
+    scores: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def training(self) -> SentimentTraining:
+        """The training alone."""
+        return SentimentTraining.model_validate(self.model_dump(exclude={"scores"}))
+
+
 class Pipeline(_Model):
-    """A pipeline: its tables, features, targets, and the seed of everything drawn."""
+    """A pipeline: tables, features, targets, sentiment, and the seed of everything drawn."""
 
     name: str = Field(min_length=1)
     seed: int = Field(ge=0)
@@ -315,21 +339,37 @@ class Pipeline(_Model):
     features: dict[str, Features] = {}
     targets: dict[str, Target] = {}
     sweep: Sweep = Field(default_factory=Sweep)
+    sentiment: Sentiment | None = None
 
     def columns(self, where: str, table: str, lookups: tuple[Lookup, ...] = ()) -> list[str]:
         """Columns of a table with its lookups; refuses names that aren't declared."""
-        if table not in self.tables:
+        known = self._readable
+        if table not in known:
             raise ValueError(
-                f"{where} names table {table!r}; declared: {', '.join(self.tables)}"
-                f"{suggestion(table, list(self.tables))}"
+                f"{where} names table {table!r}; declared: {', '.join(known)}"
+                f"{suggestion(table, list(known))}"
             )
-        there = list(self.tables[table].columns)
+        there = list(known[table].columns)
         for lookup in lookups:
             self._require(where, [lookup.key], there)
             other = self.columns(where, lookup.table)
             self._require(where, [lookup.key, *lookup.columns], other, f" of {lookup.table!r}")
             there += lookup.columns
         return there
+
+    @property
+    def _readable(self) -> dict[str, Table]:
+        """The tables that features may be of: those declared, and those scored."""
+        found = dict(self.tables)
+        if self.sentiment is None:
+            return found
+        told: dict[str, Dtype] = {"label": "string", "score": "float64", "sentiment": "float64"}
+        told |= {f"p_{label}": "float64" for label in self.sentiment.labels}
+        for name in self.sentiment.scores:
+            base = self.tables[name]
+            columns = {**base.columns, **told, "outcome": "string"}
+            found[f"{name}_sentiment"] = base.model_copy(update={"columns": columns})
+        return found
 
     def _require(self, where: str, names: list[str], there: list[str], of: str = "") -> None:
         for name in names:
@@ -338,6 +378,18 @@ class Pipeline(_Model):
                     f"{where} names column {name!r}{of}; declared: {', '.join(there)}"
                     f"{suggestion(name, there)}"
                 )
+
+    @model_validator(mode="after")
+    def _scored_texts_are_there(self) -> Pipeline:
+        for table, text in (self.sentiment.scores if self.sentiment else {}).items():
+            where = f"sentiment.scores.{table}"
+            if table not in self.tables:
+                raise ValueError(
+                    f"{where}: no such table; declared: {', '.join(self.tables)}"
+                    f"{suggestion(table, list(self.tables))}"
+                )
+            self._require(where, [text], list(self.tables[table].columns))
+        return self
 
     @model_validator(mode="after")
     def _features_fit_their_tables(self) -> Pipeline:
@@ -352,11 +404,11 @@ class Pipeline(_Model):
                     other = self.columns(where, feature.table)
                     wanted = [features.entity, *feature.columns]
                     self._require(where, wanted, other, f" of {feature.table!r}")
-            if self.tables[features.table].entity != features.entity:
+            if self._readable[features.table].entity != features.entity:
                 raise ValueError(
                     f"features.{name} has entity {features.entity!r}, and table "
                     f"{features.table!r} is partitioned by "
-                    f"{self.tables[features.table].entity!r}; give both the same entity"
+                    f"{self._readable[features.table].entity!r}; give both the same entity"
                 )
         return self
 

@@ -1,11 +1,12 @@
 """The line from raw events to served scores, top to bottom.
 
-    source → ingest → validate → features → training → sweep → register → serve → report
+    source → ingest → validate → sentiment → features → training → sweep → register → serve → report
 
 Each step leaves versioned tables or models behind and writes down what it did; a resumed run skips
 what it finished before.
 """
 
+import os
 import time
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ from jobs.register import register
 from jobs.runs import Run, Step
 from jobs.search import most, variants
 from jobs.validate import validate
+from models.metrics import METRICS
 from models.registry import Registry, Trial
 
 # From so many events on, features are spread over Dask workers unasked: one process would hold
@@ -77,6 +79,8 @@ def execute(
         try:
             run = run.do("ingest", work.ingest)
             run = work.run = run.do("validate", work.validate)
+            if pipeline.sentiment is not None:
+                run = work.run = run.do("sentiment", work.sentiment)
             run = run.do("features", work.features)
             if pipeline.targets:
                 run = work.run = run.do("training", work.training)
@@ -130,7 +134,8 @@ class _Work:
             return self._until_sweep(dask_lease.attach(standing))
         if workers is None:
             validated = self.run.step("validate").detail
-            events = sum(validated[each.table]["rows"] for each in self.pipeline.features.values())
+            read = {each.table for each in self.pipeline.features.values()}
+            events = sum(told["rows"] for table, told in validated.items() if table in read)
             workers = int(self.cluster.cpus) if events >= DASK_EVENTS else 0
         if not workers or not self.pipeline.features:
             return None
@@ -180,6 +185,50 @@ class _Work:
         rows_out = sum(table["rows"] for table in detail.values())
         rows_in = rows_out + sum(table["quarantined"] for table in detail.values())
         return _step("validate", start, rows_in, rows_out, detail, "pandera on polars")
+
+    def sentiment(self) -> Step:
+        from jobs import sentiment
+
+        declared = self.pipeline.sentiment
+        assert declared is not None
+        start = time.perf_counter()
+        _ = self.cluster
+        done = sentiment.run(
+            declared.training,
+            self.run.folder,
+            self.registry,
+            root=self.base,
+            git_revision=self.run.git_revision,
+            console=self.console,
+        )
+        told = ("name", "version", "aliases", "encoder", "mode", "metrics", "tfidf_macro_f1")
+        detail = {key: done[key] for key in told}
+        detail["scored"] = {table: self._scored(table) for table in declared.scores}
+        rows = sum(each["rows"] for each in detail["scored"].values())
+        return _step("sentiment", start, sum(done["rows"].values()), rows, detail, "torch on Ray")
+
+    def _scored(self, table: str) -> dict[str, Any]:
+        """The table's texts scored by the champion, as `TABLE_sentiment`."""
+        from jobs import sentiment_scoring
+
+        declared = self.pipeline.sentiment
+        assert declared is not None
+        work = self.run.folder / "sentiment" / table
+        work.mkdir(parents=True, exist_ok=True)
+        _, model = self.registry.folder(declared.name, work)
+        with sentiment_scoring.shown(self.console) as (on_start, on_done):
+            done = sentiment_scoring.score_file(
+                table,
+                f"{table}_sentiment",
+                text_column=declared.scores[table],
+                model=model,
+                storage_root=self.tables,
+                work=work,
+                device=self.device.kind,
+                on_start=on_start,
+                on_done=on_done,
+            )
+        return {"rows": done.rows, "engine": done.engine.reason, "outcomes": dict(done.outcomes)}
 
     def features(self) -> Step:
         start = time.perf_counter()
@@ -235,7 +284,12 @@ class _Work:
             ):
 
                 def on_done(outcomes: Any, log: Any = log, show: progress.SweepView = show) -> None:
-                    log.add([_trial(outcome, self.pipeline.seed) for outcome in outcomes])
+                    log.add(
+                        [
+                            _trial(outcome, declared.metric, self.pipeline.seed)
+                            for outcome in outcomes
+                        ]
+                    )
                     show.add(outcomes)
 
                 outcomes = sweep.run(
@@ -244,14 +298,18 @@ class _Work:
                     journal=self._journal(name),
                     on=self.warm,
                     halving=_halving(declared),
+                    train=partial(
+                        sweep.train_pack, metric=declared.metric, latency=declared.latency
+                    ),
                     on_done=on_done,
                 )
-            trained = [each for each in outcomes if each.valid_auc is not None]
+            trained = [each for each in outcomes if each.score is not None]
             detail[name] = {
                 "variants": len(outcomes),
                 "failed": len(outcomes) - len(trained),
                 "pruned": sum(each.pruned_at is not None for each in outcomes),
-                "best_valid_auc": max((each.valid_auc or 0 for each in trained), default=None),
+                "metric": declared.metric,
+                "best_score": max((each.score for each in trained if each.score), default=None),
                 "training_s": round(sum(each.seconds for each in outcomes), 3),
                 "cpu_s": round(sum(each.cpu_s for each in outcomes), 3),
             }
@@ -286,6 +344,8 @@ class _Work:
                     evaluation=self.run.folder / f"evaluation-{name}.json",
                     together=declared.ensemble,
                     calibrate=declared.calibrate,
+                    metric=declared.metric,
+                    slowest_us=declared.slowest_us,
                     fit=fit,
                 )
             rows += matrices.y["test"].size
@@ -305,7 +365,7 @@ class _Work:
         return _step("register", start, rows, len(targets), detail, "mlflow")
 
     def serve(self) -> Step:
-        from jobs.scoring import score_rows
+        from jobs.scoring import API_KEY, score_rows
         from serving import app
 
         start = time.perf_counter()
@@ -314,12 +374,20 @@ class _Work:
         with self.console.status("starting Ray Serve"):
             # A cluster that stays serves every champion; this run's own, its models.
             stays = self.environment.ray_address is not None
-            url = app.serve(
-                self.environment.tracking_uri,
-                host=wanted.hostname or "127.0.0.1",
-                port=wanted.port or ports.free(1)[0],
-                models=None if stays else list(self.pipeline.targets),
+            # What `liftyard serve` has set up there goes on as its file says.
+            here = app.follow(self.environment.tracking_uri) if stays else None
+            url = (
+                app.serve(
+                    self.environment.tracking_uri,
+                    host=wanted.hostname or "127.0.0.1",
+                    port=wanted.port or ports.free(1)[0],
+                    models=None if stays else list(self.pipeline.targets),
+                )
+                if here is None
+                else here.listener.url
             )
+            # Beside TLS, whose certificate may be for another name.
+            asked = url if here is None else here.direct
         if not stays:
             self.stack.callback(app.stop)
         scored: dict[str, list[dict[str, Any]]] = {}
@@ -331,7 +399,7 @@ class _Work:
             rows = rows.unique(tells or None, keep="last", maintain_order=True).tail(5)
             tells = tells or [training_set.ROW]
             features = rows.select(names)
-            scores = score_rows(url, name, features)
+            scores = score_rows(asked, name, features, key=os.environ.get(API_KEY))
             told = rows.select(tells)
             scored[name] = [
                 {**row, "score": score} for row, score in zip(told.to_dicts(), scores, strict=True)
@@ -369,8 +437,11 @@ def _halving(declared: Sweep) -> sweep.Halving | None:
     return sweep.Halving(**said | {"rungs": tuple(said["rungs"])})
 
 
-def _trial(outcome: sweep.Outcome, seed: int) -> Trial:
-    metrics = {} if outcome.valid_auc is None else {"valid_auc": outcome.valid_auc}
+def _trial(outcome: sweep.Outcome, metric: str, seed: int) -> Trial:
+    by = METRICS[metric]
+    metrics = dict(outcome.metrics)
+    if outcome.score is not None:
+        metrics[f"valid_{metric}"] = by.own(outcome.score)
     if outcome.pruned_at is not None:
         metrics["pruned_at_rounds"] = float(outcome.pruned_at)
     return Trial(
@@ -380,7 +451,8 @@ def _trial(outcome: sweep.Outcome, seed: int) -> Trial:
         error=outcome.error,
         seed=int(outcome.variant.get("seed", seed)),
         cpu_s=outcome.cpu_s,
-        curve=outcome.curve,
+        curve=[[step, by.own(score)] for step, score in outcome.curve],
+        curve_metric=metric,
     )
 
 

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 
 from cluster.files import replace_text
+from jobs.sweep_board import LATENCY
+from models import metrics
 
 # Metric to its title, whether more is better, and its name in summary.json's targets.
 METRICS: dict[str, tuple[str, bool, str]] = {
-    "auc": ("AUC", True, "test_auc"),
-    "average_precision": ("average precision", True, "test_average_precision"),
-    "log_loss": ("log loss", False, "test_log_loss"),
-    "brier": ("Brier score", False, "test_brier"),
-    "top_decile_lift": ("lift in the top decile", True, "top_decile_lift"),
+    name: (metric.title, metric.more, name if name == "top_decile_lift" else f"test_{name}")
+    for name, metric in metrics.METRICS.items()
 }
 ABSENT = "\u2013"
 TOP_FEATURES = 20
@@ -83,6 +82,7 @@ def write(folder: Path) -> Path:
             longest=max((step["seconds"] for step in summary["steps"]), default=0) or 1,
             tables=_tables(steps),
             features=steps["features"]["detail"] if "features" in steps else {},
+            sentiment=_sentiment(folder / "sentiment.json"),
             training=steps["training"]["detail"] if "training" in steps else {},
             targets=[_target(folder, name, summary) for name in _target_names(folder, summary)],
             roles=charts.ROLES,
@@ -107,7 +107,7 @@ def explained(name: str, values: Sequence[Any], scores: Sequence[float]) -> Sett
     Args:
         name: The setting's name.
         values: Its value in each variant. More than five numbers are grouped by fifths of rank.
-        scores: Validation AUC of each variant.
+        scores: Validation score of each variant.
     """
     from jobs import charts
 
@@ -168,6 +168,18 @@ def _tables(steps: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: {step: told[step].get(name) for step in told} for name in names}
 
 
+def _sentiment(file: Path) -> dict[str, Any] | None:
+    """What the sentiment step left, its metrics by slice."""
+    if not file.is_file():
+        return None
+    told = dict(_json(file))
+    slices: dict[str, dict[str, float]] = {}
+    for name, value in told["metrics"].items():
+        metric, _, part = name.partition(".")
+        slices.setdefault(part.replace("_", " ") or "all", {})[metric] = value
+    return {**told, "slices": slices}
+
+
 def _target_names(folder: Path, summary: dict[str, Any]) -> list[str]:
     names = dict.fromkeys(summary["targets"])
     for pattern in ("sweep-*.jsonl", "evaluation-*.json"):
@@ -182,6 +194,7 @@ def _target(folder: Path, name: str, summary: dict[str, Any]) -> dict[str, Any]:
     place = _target_names(folder, summary).index(name)
     told = summary["targets"].get(name)
     figures: dict[str, str] = {}
+    title = _score_title(name, summary)
 
     def draw(key: str, figure: Any, alt: str) -> None:
         figures[key] = charts.svg(figure, ident=f"t{place}-{key}", alt=f"{name}: {alt}")
@@ -202,12 +215,12 @@ def _target(folder: Path, name: str, summary: dict[str, Any]) -> dict[str, Any]:
     outcomes = _outcomes(folder / f"sweep-{name}.jsonl")
     families: dict[str, dict[str, Any]] = {}
     if outcomes:
-        scores = [outcome["valid_auc"] for outcome in outcomes]
+        scores = [outcome["score"] for outcome in outcomes]
         finished = [score for score in scores if score is not None]
         alt = f"{len(finished)} of {len(scores)} variants finished"
-        alt += f", the best with a validation AUC of {max(finished):.4f}" if finished else ""
+        alt += f", the best with a {title} of {max(finished):.4f}" if finished else ""
         kinds = [outcome["variant"]["family"] for outcome in outcomes]
-        draw("progress", charts.sweep_progress(kinds, scores), alt)
+        draw("progress", charts.sweep_progress(kinds, scores, title), alt)
         for number, family in enumerate(dict.fromkeys(kinds)):
             mine = [outcome for outcome in outcomes if outcome["variant"]["family"] == family]
             families[family] = shown = _family(mine)
@@ -216,9 +229,18 @@ def _target(folder: Path, name: str, summary: dict[str, Any]) -> dict[str, Any]:
                     f"{len(shown['finished'])} variants of {family} across "
                     f"{', '.join(shown['columns'])}; the best has {shown['best']}"
                 )
-                figure = charts.parallel_coordinates(shown["columns"], shown["scores"])
+                figure = charts.parallel_coordinates(shown["columns"], shown["scores"], title)
                 draw(f"parallel-{number}", figure, alt)
                 shown["figure"] = figures[f"parallel-{number}"]
+    timed = [each for each in outcomes if each["score"] is not None and LATENCY in each["metrics"]]
+    quickest: list[dict[str, Any]] = []
+    if timed:
+        costs = [each["metrics"][LATENCY] for each in timed]
+        reached = [each["score"] for each in timed]
+        quickest = [timed[at] | {"cost": costs[at]} for at in charts.front(costs, reached)]
+        kinds = [each["variant"]["family"] for each in timed]
+        alt = f"{title} over the microseconds that a row takes; {len(quickest)} are on the front"
+        draw("pareto", charts.pareto(kinds, costs, reached, title), alt)
     return {
         "name": name,
         "ident": f"target-{place}",
@@ -228,10 +250,23 @@ def _target(folder: Path, name: str, summary: dict[str, Any]) -> dict[str, Any]:
         "lift": lift,
         "importance": (evaluation or {}).get("importance", [])[:TOP_FEATURES],
         "outcomes": outcomes,
-        "failed": [outcome for outcome in outcomes if outcome["valid_auc"] is None],
+        "failed": [outcome for outcome in outcomes if outcome["score"] is None],
         "families": families,
+        "front": quickest,
+        "score_title": title,
+        "score_heading": title[0].upper() + title[1:],
         "figures": figures,
     }
+
+
+def _score_title(name: str, summary: dict[str, Any]) -> str:
+    """What the target's variants were compared by; a sweep that didn't end hasn't said."""
+    detail: dict[str, Any] = next(
+        (step["detail"] for step in summary["steps"] if step["name"] == "sweep"), {}
+    )
+    if name not in detail:
+        return "validation score"
+    return f"validation {metrics.METRICS[detail[name]['metric']].score_title}"
 
 
 def _metrics(told: dict[str, Any]) -> list[dict[str, Any]]:
@@ -287,7 +322,7 @@ def _gain_alt(lift: list[dict[str, Any]]) -> str:
 
 
 def _outcomes(file: Path) -> list[dict[str, Any]]:
-    """The journal's lines, with their number in `order`; a failed one has an AUC of None."""
+    """The journal's lines, with their number in `order`; a failed one has a score of None."""
     from jobs import charts
 
     if not file.is_file():
@@ -303,17 +338,18 @@ def _outcomes(file: Path) -> list[dict[str, Any]]:
                 f"{file}, line {len(outcomes) + 1}: not JSON: {error}. Remove the line and "
                 "resume the run, which trains that variant again"
             ) from error
-        if not charts.is_number(outcome["valid_auc"]):
-            said = outcome["error"] or f"validation AUC is {outcome['valid_auc']}"
-            outcome |= {"valid_auc": None, "error": said}
+        if not charts.is_number(outcome["score"]):
+            said = outcome["error"] or f"its validation score is {outcome['score']}"
+            outcome |= {"score": None, "error": said}
+        outcome.setdefault("metrics", {})
         outcomes.append(outcome | {"order": len(outcomes) + 1})
     return outcomes
 
 
 def _family(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     """What the page shows of one family's variants."""
-    finished = [outcome for outcome in outcomes if outcome["valid_auc"] is not None]
-    scores = [outcome["valid_auc"] for outcome in finished]
+    finished = [outcome for outcome in outcomes if outcome["score"] is not None]
+    scores = [outcome["score"] for outcome in finished]
     names = dict.fromkeys(
         name for outcome in outcomes for name in outcome["variant"] if name != "family"
     )
@@ -322,16 +358,16 @@ def _family(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
         for name in names
     }
     columns = {name: values for name, values in settings.items() if len(set(values)) > 1}
-    best = max(finished, key=lambda outcome: outcome["valid_auc"], default=None)
+    best = max(finished, key=lambda outcome: outcome["score"], default=None)
     weighed = [explained(name, values, scores) for name, values in columns.items()]
     return {
         "settings": list(names),
         "columns": columns,
-        "finished": sorted(finished, key=lambda outcome: -outcome["valid_auc"]),
+        "finished": sorted(finished, key=lambda outcome: -outcome["score"]),
         "failed": len(outcomes) - len(finished),
         "seconds": sum(outcome["seconds"] for outcome in outcomes),
         "scores": scores,
-        "best_auc": best["valid_auc"] if best else None,
+        "best_score": best["score"] if best else None,
         "best": ", ".join(f"{name} {_value(best['variant'].get(name))}" for name in columns)
         if best
         else "",

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.files import replace_text
 
-STEPS = ("ingest", "validate", "features", "training", "sweep", "register", "serve")
+STEPS = ("ingest", "validate", "sentiment", "features", "training", "sweep", "register", "serve")
 # Keys of a step's detail that the summary repeats at its top.
 SUMMARY = ("targets", "serve_url")
 
@@ -183,6 +183,8 @@ def resume(
         if "sweep" not in kept:
             for journal in file.parent.glob("sweep-*.jsonl"):
                 journal.unlink()
+        if "sentiment" not in kept:
+            (file.parent / "sentiment.json").unlink(missing_ok=True)
         content["attempt"] += 1
     for key in SUMMARY:
         content.pop(key, None)

@@ -1,16 +1,19 @@
 """Prints runs, environments, models and jobs as tables."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from cluster.environment import Environment
+from cluster.environment import Environment, Prices
 from cluster.local import Status
+from jobs.queue import Queued
 from jobs.runs import Run
-from jobs.submission import Job
 from models.registry import Card
 
 
@@ -28,6 +31,13 @@ def run(done: Run, console: Console) -> None:
         )
     console.print(steps)
     details = {step.name: step.detail for step in done.steps}
+    if "sentiment" in details:
+        told = details["sentiment"]
+        console.print(
+            f"{told['name']} version {told['version']}: macro-F1 "
+            f"{told['metrics']['macro_f1']:.4f} on texts held out "
+            f"(TF-IDF: {told['tfidf_macro_f1']:.4f})"
+        )
     if "register" in details:
         targets = details["register"]["targets"]
         console.print(_targets(targets))
@@ -48,31 +58,77 @@ def environment(where: Environment, console: Console) -> None:
     """An environment's addresses."""
     table = Table("environment", where.name)
     for name, value in asdict(where).items():
-        if name != "name" and value is not None:
+        if name not in ("name", "prices") and value is not None:
             table.add_row(name, value)
     console.print(table)
 
 
-def status(found: Status, console: Console) -> None:
-    """What an environment has and does."""
+def status(found: Status, queued: Sequence[Queued], prices: Prices, console: Console) -> None:
+    """What an environment has and does, and what it costs."""
     nodes = Table("node", "CPUs", "GPUs", "memory GiB")
     for node in found.nodes:
         name = f"{node.address} (head)" if node.head else node.address
         nodes.add_row(name, f"{node.cpus:g}", f"{node.gpus:g}", f"{node.memory_bytes / 2**30:.1f}")
     console.print(nodes)
     dask = "none" if found.dask_workers is None else str(found.dask_workers)
-    jobs = ", ".join(f"{count} {name}" for name, count in sorted(found.jobs.items())) or "none"
+    states = Counter(job.state for job in queued)
+    jobs = ", ".join(f"{count} {name}" for name, count in sorted(states.items())) or "none"
     console.print(f"actors: {found.actors}   Dask workers: {dask}   jobs: {jobs}")
+    held = {"cpus": found.cpus, "gpus": found.gpus}
+    console.print(
+        f"cost per hour: {prices.cost(**held):.2f}   CO2 per hour: {prices.carbon_g(**held):.0f} g",
+        soft_wrap=True,
+    )
+    spent = sum(job.cost for job in queued), sum(job.carbon_g for job in queued)
+    console.print(f"all jobs so far: cost {spent[0]:.4f}, CO2 {spent[1]:.1f} g", soft_wrap=True)
 
 
-def jobs(found: Sequence[Job], console: Console) -> None:
+def jobs(found: Sequence[Queued], console: Console) -> None:
     """Jobs, oldest first."""
-    table = Table("job", "status", "submitted (UTC)", "seconds", "message")
+    table = Table()
+    for name in ("job", "what", "state", "attempt", "team", "priority", "waited s", "ran s", "cost",
+                 "CO2 g"):  # fmt: skip
+        table.add_column(name, no_wrap=name in ("job", "state"))
     for job in found:
-        took = job.ended - job.started if job.started and job.ended else None
-        seconds = "" if took is None else f"{took.total_seconds():.0f}"
-        started = f"{job.started:%Y-%m-%d %H:%M:%S}" if job.started else ""
-        table.add_row(job.id, job.status, started, seconds, job.message)
+        table.add_row(
+            job.id,
+            _what(job.spec.command),
+            job.state,
+            str(job.attempt),
+            job.spec.team,
+            str(job.spec.priority),
+            f"{job.waited_s:.0f}",
+            f"{job.seconds:.0f}",
+            f"{job.cost:.4f}",
+            f"{job.carbon_g:.1f}",
+        )
+    console.print(table)
+    for job in found:
+        if job.message:
+            console.print(f"{job.id}: {job.message}", soft_wrap=True, markup=False)
+
+
+def _what(command: Sequence[str]) -> str:
+    """The pipeline's file or the module that a command runs, else its program."""
+    files = [Path(word).name for word in command if word.endswith((".yaml", ".yml"))]
+    module = [command[n + 1] for n, word in enumerate(command[:-1]) if word == "-m"]
+    return (files or module or [Path(command[0]).name])[0]
+
+
+def teams(found: Mapping[str, tuple[float | None, float | None, float]], console: Console) -> None:
+    """Teams, their quotas and shares."""
+    table = Table("team", "quota of CPUs", "quota of GPUs", "share")
+    for name, (cpus, gpus, share) in found.items():
+        quotas = ("none" if quota is None else f"{quota:g}" for quota in (cpus, gpus))
+        table.add_row(name, *quotas, f"{share:g}")
+    console.print(table)
+
+
+def schedules(found: Mapping[str, tuple[str, str, datetime]], console: Console) -> None:
+    """Schedules, and when they are due next."""
+    table = Table("schedule", "cron", "zone", "due next (UTC)")
+    for name, (cron, zone, due) in found.items():
+        table.add_row(name, cron, zone, f"{due:%Y-%m-%d %H:%M}")
     console.print(table)
 
 

@@ -104,7 +104,8 @@ class Trial:
         error: Why it failed, or None.
         seed: Seed of the run.
         cpu_s: CPU seconds; None where they weren't measured.
-        curve: Rounds and validation AUC; MLflow shows it as the metric `curve_valid_auc`.
+        curve: Rounds and a validation metric; MLflow shows it as `curve_valid_` and its name.
+        curve_metric: Its name.
     """
 
     variant: dict[str, Any]
@@ -114,6 +115,7 @@ class Trial:
     seed: int
     cpu_s: float | None = None
     curve: Sequence[Sequence[float]] = ()
+    curve_metric: str = "auc"
 
 
 def _mlflow_errors_as_oserror(
@@ -250,21 +252,100 @@ class Registry:
             )
         with tempfile.TemporaryDirectory() as folder:
             _write_model(Path(folder), scorer, example)
-            run = self._client.create_run(
-                self._experiment(name),
-                tags={
-                    "data_version": data_version,
-                    "git_revision": git_revision,
-                    "seed": str(seed),
-                },
-                run_name=f"register {name}",
+            return self._added(
+                name,
+                Path(folder),
+                family=family,
+                variant=variant,
+                features=features,
+                metrics=metrics,
+                data_version=data_version,
+                seed=seed,
+                git_revision=git_revision,
             )
-            self._client.log_artifacts(run.info.run_id, folder, "model")
+
+    @_mlflow_errors_as_oserror
+    def register_folder(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        family: str,
+        variant: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        data_version: str,
+        seed: int,
+        git_revision: str,
+        history: Sequence[Mapping[str, float]] = (),
+    ) -> Card:
+        """Adds a version that is a folder and not rows to a score, such as a transformer.
+
+        `folder` gives it back; `load` doesn't. Promotion and rollback are as for others.
+
+        Args:
+            name: As for `register`.
+            folder: All of it is kept.
+            family: See `Card`, as for all that follows but history.
+            variant: JSON values.
+            metrics: Values on the test rows; names may have a slice, such as recall.language_pl.
+            data_version: What it was trained on.
+            seed: Seed of the run.
+            git_revision: Revision of the code.
+            history: Validation metrics by "step"; MLflow shows them as curves.
+
+        Raises:
+            RegistryError: The name has other characters.
+            OSError: The storage or the server fails, or the folder can't be read.
+        """
+        _require_name("model", name)
+        return self._added(
+            name,
+            folder,
+            family=family,
+            variant=variant,
+            features=(),
+            metrics=metrics,
+            data_version=data_version,
+            seed=seed,
+            git_revision=git_revision,
+            history=history,
+        )
+
+    def _added(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        family: str,
+        variant: Mapping[str, Any],
+        features: Sequence[Mapping[str, str]],
+        metrics: Mapping[str, float],
+        data_version: str,
+        seed: int,
+        git_revision: str,
+        history: Sequence[Mapping[str, float]] = (),
+    ) -> Card:
+        run = self._client.create_run(
+            self._experiment(name),
+            tags={
+                "data_version": data_version,
+                "git_revision": git_revision,
+                "seed": str(seed),
+            },
+            run_name=f"register {name}",
+        )
+        self._client.log_artifacts(run.info.run_id, str(folder), "model")
         self._log(
             run.info.run_id,
             params={**variant, "family": family},
             metrics={f"test_{metric}": value for metric, value in metrics.items()},
         )
+        for at in history:
+            for metric, value in at.items():
+                if metric != "step":
+                    self._client.log_metric(
+                        run.info.run_id, f"valid_{metric}", value, step=int(at["step"])
+                    )
         self._client.set_terminated(run.info.run_id)
         self._require_registered_model(name)
         said = json.dumps([dict(feature) for feature in features], ensure_ascii=False)
@@ -308,6 +389,23 @@ class Registry:
         return None if version is None else self._card(name, version)
 
     @_mlflow_errors_as_oserror
+    def challenger(self, name: str) -> Card | None:
+        """The challenger, or None where there is none or no such model is registered."""
+        model = self._found(name)
+        version = None if model is None else _at(model, "challenger")
+        return None if version is None else self._card(name, version)
+
+    @_mlflow_errors_as_oserror
+    def card(self, name: str, version: int) -> Card:
+        """What is known of a version.
+
+        Raises:
+            RegistryError: There is no such model or version.
+            OSError: The storage or the server fails.
+        """
+        return self._card(name, version)
+
+    @_mlflow_errors_as_oserror
     def load(self, name: str, version: int | None = None) -> tuple[Card, Scorer]:
         """A version's card and scorer; runs the pickled code that `register` stored.
 
@@ -319,20 +417,44 @@ class Registry:
             RegistryError: There is no such model or version, or no champion.
             OSError: The storage or the server fails.
         """
-        if version is None:
-            card = self.champion(name)
-            if card is None:
-                self._model(name)
-                raise RegistryError(
-                    f"model {name!r} has no champion; promote one of its versions: "
-                    f"{list(self._versions(name))}"
-                )
-        else:
-            card = self._card(name, version)
+        card = self._chosen(name, version)
+        if not card.features:
+            raise RegistryError(
+                f"version {card.version} of {name!r} is a folder ({card.family}) and scores no "
+                "rows; use `folder`, or name another model"
+            )
         made = self._client.get_model_version(name, str(card.version))
         with tempfile.TemporaryDirectory() as folder:
             stored = self._client.download_artifacts(made.run_id, "model/scorer", folder)
             return card, Scorer.load(Path(stored))
+
+    @_mlflow_errors_as_oserror
+    def folder(self, name: str, into: Path, version: int | None = None) -> tuple[Card, Path]:
+        """A version's card and the folder that `register_folder` kept, copied below `into`.
+
+        Args:
+            name: A registered model.
+            into: A folder that is there.
+            version: Which; None for the champion.
+
+        Raises:
+            RegistryError: There is no such model or version, or no champion.
+            OSError: The storage or the server fails.
+        """
+        card = self._chosen(name, version)
+        made = self._client.get_model_version(name, str(card.version))
+        return card, Path(self._client.download_artifacts(made.run_id, "model", str(into)))
+
+    def _chosen(self, name: str, version: int | None) -> Card:
+        """The version's card; the champion's for None."""
+        card = self.champion(name) if version is None else self._card(name, version)
+        if card is None:
+            self._model(name)
+            raise RegistryError(
+                f"model {name!r} has no champion; promote one of its versions: "
+                f"{list(self._versions(name))}"
+            )
+        return card
 
     @_mlflow_errors_as_oserror
     def promote(self, name: str, version: int) -> Card:
@@ -674,7 +796,10 @@ class SweepLog:
             ended_ms=ended_ms,
             params={name: str(value) for name, value in trial.variant.items()},
             metrics=[(name, float(value), 0) for name, value in metrics.items()]
-            + [("curve_valid_auc", float(value), int(step)) for step, value in trial.curve],
+            + [
+                (f"curve_valid_{trial.curve_metric}", float(value), int(step))
+                for step, value in trial.curve
+            ],
             tags={
                 **self._tags,
                 "mlflow.parentRunId": self._parent_id,
