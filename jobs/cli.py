@@ -1,63 +1,27 @@
 """The command line, `liftyard`."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, cast
 
 import typer
-from rich.console import Console
 
 from cluster import environment, local
-from cluster.device import DeviceError, Preference, choose
-from jobs import runs, scoring, show, submission
+from cluster.device import Preference, choose
+from jobs import dispatch, queue, queue_cli, runs, scoring, sentiment_cli, serve_cli, show
+from jobs.console import HOME, RUNS, Env, From, Home, Resume, Runs, Set, console, errors, told
 from jobs.pipeline import execute
 from jobs.pipeline_file import load
 from jobs.report import write as write_report
-from jobs.sweep import SweepError
 from models.registry import Registry
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
-errors = Console(stderr=True)
+app.add_typer(queue_cli.app)
+app.add_typer(serve_cli.app)
+app.add_typer(sentiment_cli.app, name="sentiment")
 
-
-Home = Annotated[
-    Path, typer.Option(envvar="LIFTYARD_HOME", help="Folder of tables, models and environments.")
-]
-Env = Annotated[
-    str | None,
-    typer.Option("--env", help="Environment: embedded (default), local, a name or a file."),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="KEY=VALUE, in place of what the file says; may be repeated."),
-]
-From = Annotated[
-    str | None,
-    typer.Option("--from", help="Do this step of the run to resume, or of the latest, again."),
-]
-Resume = Annotated[
-    str | None, typer.Option(help="Go on with this run: its finished steps are not redone.")
-]
-Job = Annotated[str, typer.Argument(help="The job's id.")]
 Model = Annotated[str, typer.Argument(help="The model's name.")]
-Runs = Annotated[Path, typer.Option("--runs", help="Folder of the runs.")]
-HOME, RUNS = Path(".liftyard"), Path("runs")
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """A user's mistake (settings, data, names, disks) is told, not traced."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        raise typer.Exit(130) from None
-    except (ValueError, OSError, DeviceError, SweepError) as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from None
 
 
 @app.callback()
@@ -84,8 +48,8 @@ def run(
 ) -> None:
     """Run a pipeline, from its sources to served scores and a report."""
     # Who stops a job sends TERM: the run then ends as it does on Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with _told():
+    signal.signal(signal.SIGTERM, _interrupted)
+    with told():
         declared = load(pipeline, overrides or [])
         where = environment.load(env, home=home)
         chosen = choose(cast(Preference, device))
@@ -129,7 +93,7 @@ def report(
     runs_root: Runs = RUNS,
 ) -> None:
     """Make a run's report anew, and print where it is."""
-    with _told():
+    with told():
         console.print(str(write_report(runs.folder(runs_root, run_id))), soft_wrap=True)
 
 
@@ -141,88 +105,36 @@ def up(
     ] = None,
     home: Home = HOME,
 ) -> None:
-    """Start the environment `local`: a Ray cluster that stays until `liftyard down`."""
-    with _told(), console.status("starting"):
+    """Start the environment `local`: a cluster and its queue, until `liftyard down`."""
+    with told(), console.status("starting"):
         where = local.up(home, cpus=cpus, dask_workers=dask_workers)
+        dispatch.up(where, home)
     show.environment(where, console)
 
 
 @app.command()
 def down(home: Home = HOME) -> None:
-    """End what `liftyard up` started; tables, models and runs stay."""
-    with _told(), console.status("ending"):
-        ended = local.down(home)
+    """End what `liftyard up` started; tables, models, runs and queued jobs stay."""
+    with told(), console.status("ending"):
+        ended = dispatch.down(home) + local.down(home)
     console.print(f"ended {', '.join(ended)}" if ended else "nothing was up")
 
 
 @app.command()
 def status(env: Env = "local", home: Home = HOME) -> None:
-    """Show an environment's addresses, nodes, Dask workers and jobs."""
-    with _told():
+    """Show an environment's addresses, nodes, Dask workers, jobs, and its cost per hour."""
+    with told():
         where = environment.load(env, home=home)
         found = local.status(where)
+        jobs = [] if where.queue is None else queue.of(where).jobs()
     show.environment(where, console)
-    show.status(found, console)
-
-
-@app.command()
-def submit(
-    pipeline: Annotated[Path, typer.Argument(help="The pipeline's YAML file.")],
-    env: Env = "local",
-    overrides: Set = None,
-    again_from: From = None,
-    resume: Resume = None,
-    home: Home = HOME,
-    runs_root: Runs = RUNS,
-) -> None:
-    """Run a pipeline as a job of an environment, and return at once."""
-    with _told():
-        load(pipeline, overrides or [])
-        options: dict[str, Path | str | None] = {
-            "--home": home.resolve(),
-            "--runs": runs_root.resolve(),
-            "--from": again_from,
-            "--resume": resume,
-        }
-        arguments = [str(a) for pair in options.items() if pair[1] is not None for a in pair]
-        arguments += [argument for each in overrides or [] for argument in ("--set", each)]
-        where = environment.load(env, home=home)
-        console.print(submission.submit(where, pipeline, arguments=arguments))
-
-
-@app.command("jobs")
-def list_jobs(env: Env = "local", home: Home = HOME) -> None:
-    """List an environment's jobs."""
-    with _told():
-        found = submission.jobs(environment.load(env, home=home))
-    show.jobs(found, console)
-
-
-@app.command()
-def logs(
-    job: Job,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
-    env: Env = "local",
-    home: Home = HOME,
-) -> None:
-    """Print what a job has written."""
-    with _told():
-        for piece in submission.logs(environment.load(env, home=home), job, follow=follow):
-            typer.echo(piece, nl=False)
-
-
-@app.command()
-def stop(job: Job, env: Env = "local", home: Home = HOME) -> None:
-    """Stop a job; `liftyard run --resume` can go on with its run."""
-    with _told():
-        ended = submission.stop(environment.load(env, home=home), job)
-    console.print(f"{ended.id} {ended.status}")
+    show.status(found, jobs, where.prices, console)
 
 
 @app.command()
 def models(env: Env = None, home: Home = HOME) -> None:
     """List the registered models, their test metrics, champions and challengers."""
-    with _told():
+    with told():
         show.models(_registry(env, home).models(), console)
 
 
@@ -234,7 +146,7 @@ def promote(
     home: Home = HOME,
 ) -> None:
     """Make a version the champion; what is served follows within seconds."""
-    with _told():
+    with told():
         card = _registry(env, home).promote(model, version)
     console.print(f"champion of {card.name}: version {card.version}")
 
@@ -242,7 +154,7 @@ def promote(
 @app.command()
 def rollback(model: Model, env: Env = None, home: Home = HOME) -> None:
     """Go back to the champion before; again, to the one before that."""
-    with _told():
+    with told():
         card = _registry(env, home).rollback(model)
     console.print(f"champion of {card.name}: version {card.version}")
 
@@ -257,9 +169,15 @@ def score(
     home: Home = HOME,
 ) -> None:
     """Score the rows of a file with a registered model, in this process."""
-    with _told(), console.status(f"scoring {file}"):
+    with told(), console.status(f"scoring {file}"):
         done = scoring.score_file(file, out, _registry(env, home), model, version=version)
     console.print(f"{done.rows:,} rows by {model} version {done.version}: {out}", soft_wrap=True)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    # Once: Ray tells a job's every process, and the one that waits for this tells it again.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _registry(env: str | None, home: Path) -> Registry:

@@ -14,6 +14,9 @@ from models.registry import Registry
 
 BATCH_ROWS = 500
 
+# The variable with the key of a service that asks for one.
+API_KEY = "LIFTYARD_API_KEY"
+
 
 class ScoringError(ValueError):
     """Rows can't be scored; the message says why."""
@@ -87,18 +90,19 @@ def _read(file: Path, kinds: Mapping[str, str]) -> pl.DataFrame:
     return text
 
 
-def score_rows(url: str, name: str, rows: pl.DataFrame) -> list[float]:
+def score_rows(url: str, name: str, rows: pl.DataFrame, *, key: str | None = None) -> list[float]:
     """The model's score for each row.
 
     Args:
         url: The service, such as `http://127.0.0.1:8000`.
         name: The model.
         rows: n rows with the model's features; null where unknown.
+        key: The API key, where the service asks for one.
 
     Raises:
         ScoringError: The service refused the rows or can't be reached.
     """
-    return [score for batch in _batches(rows) for score in _post(url, name, batch)]
+    return [score for batch in _batches(rows) for score in _post(url, name, batch, key)]
 
 
 def _batches(rows: pl.DataFrame) -> Iterator[list[dict[str, Any]]]:
@@ -108,13 +112,21 @@ def _batches(rows: pl.DataFrame) -> Iterator[list[dict[str, Any]]]:
         yield batch.to_dicts()
 
 
-def _post(url: str, name: str, rows: list[dict[str, Any]]) -> list[float]:
+def _post(url: str, name: str, rows: list[dict[str, Any]], key: str | None) -> list[float]:
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
     try:
-        answer = httpx.post(f"{url}/v1/models/{name}/score", json={"rows": rows}, timeout=60)
+        answer = httpx.post(
+            f"{url}/v1/models/{name}/score", json={"rows": rows}, headers=headers, timeout=60
+        )
     except httpx.HTTPError as error:
         raise ScoringError(
             f"{url} can't be reached ({error}); is the model served? see `liftyard status`"
         ) from error
+    if answer.status_code == 401:
+        raise ScoringError(
+            f"{url} asks for a valid API key ({_reason(answer)}); make one with `liftyard keys "
+            f"add`, and give it in {API_KEY}"
+        )
     if answer.status_code != 200:
         raise ScoringError(f"{url} answered {answer.status_code}: {_reason(answer)}")
     scores: list[float] = answer.json()["scores"]

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-ACTIONS = ("score", "explain", "models", "metrics")
+ACTIONS = ("score", "explain", "customers", "models", "metrics")
 
 
 class AccessError(ValueError):
@@ -62,8 +62,8 @@ class Role(BaseModel):
 
 DEFAULT_ROLES = {
     "viewer": Role(actions=("models",)),
-    "service": Role(actions=("models", "score")),
-    "analyst": Role(actions=("models", "score", "explain")),
+    "service": Role(actions=("models", "score", "customers")),
+    "analyst": Role(actions=("models", "score", "explain", "customers")),
     "admin": Role(actions=ACTIONS),
 }
 
@@ -149,6 +149,49 @@ def revoke_key(path: Path, name: str) -> None:
         del keys[name]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """What may be told of a key.
+
+    Attributes:
+        name: Whose it is.
+        role: Of the policy.
+        expires: ISO 8601, with its time zone.
+        expired: Whether it has.
+        former_expires: Of the key before it that still goes on; None where there is none.
+    """
+
+    name: str
+    role: str
+    expires: str
+    expired: bool
+    former_expires: str | None
+
+
+def list_keys(path: Path) -> list[Key]:
+    """The keys by name, without what opens anything.
+
+    Raises:
+        AccessError: It isn't a keys file.
+        OSError: It can't be read.
+    """
+    now = datetime.now(UTC)
+    found = []
+    for name, key in sorted(_read(path).items()):
+        former = key.get("former")
+        goes_on = former is not None and _moment(former["expires"]) > now
+        found.append(
+            Key(
+                name=name,
+                role=key["role"],
+                expires=key["expires"],
+                expired=_moment(key["expires"]) <= now,
+                former_expires=former["expires"] if goes_on else None,
+            )
+        )
+    return found
+
+
 class Access:
     """Decides on requests."""
 
@@ -212,6 +255,16 @@ class Access:
         if may.requests_per_s is not None:
             self._take(who, may.requests_per_s, may.burst)
         return who
+
+    def may(self, who: str, action: str, model: str) -> bool:
+        """Whether the key of that name may do this too; counts on no rate."""
+        key = self._keys.get(who)
+        role = None if key is None else self._roles[key["role"]]
+        return (
+            role is not None
+            and action in role.actions
+            and any(fnmatchcase(model, allowed) for allowed in role.models)
+        )
 
     def _who(self, authorization: str | None) -> tuple[str, str]:
         found = self._good.get(authorization or "")

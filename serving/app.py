@@ -1,30 +1,40 @@
 """The serving application: the registry's champions behind HTTP, on the connected Ray cluster.
 
     POST /v1/models/{name}/score    {"rows": [{field: value, ...}, ...]} -> model, version, scores
+    POST /v1/models/{name}/customers/{id}   scores a customer, with events that are new
+    GET  /v1/customers/{id}         a customer's features and scores
     GET  /v1/models                 the cards of what is served
     POST /v1/models/{name}/explain  what each feature adds to a row's score, and reasons in words
     GET  /metrics                   for Prometheus
     GET  /healthz                   200 when every model is loaded and has passed its smoke test
     GET  /docs                      the OpenAPI page
 
-HAProxy listens, in front of one replica that holds every model. A champion's change in the
-registry reaches the replica within seconds; one that fails its smoke test is refused, and the
-former goes on answering. Loading runs pickled code: serve only a registry you trust.
+HAProxy listens, in front of one replica that holds every model. A champion's or challenger's change
+in the registry reaches the replica within seconds; one that fails its smoke test is refused, and
+the former goes on answering. Loading runs pickled code: serve only a registry you trust.
 """
 
+import hashlib
 import logging
 import socket
+import ssl
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from models.registry import Registry
+from pydantic import ValidationError
+
+from cluster import ports
+from models.registry import Registry, RegistryError
 from serving import haproxy
 from serving.access import AccessFiles
 from serving.gate import Gate
+from serving.online import Stores
 from serving.replica import Server, champions
-from serving.settings import Limits, ServingError, Settings
+from serving.settings import Limits, Listener, Rollout, Running, ServingError, Settings
 
 APPLICATION = "liftyard"
 
@@ -73,63 +83,157 @@ def serve(
             Then nothing is started.
         OSError: The registry can't be read.
     """
-    import ray
-
-    engine = _engine()
-    from ray.serve.config import BackpressureConfig, HTTPOptions
-
-    if not ray.is_initialized():
-        raise ServingError("Ray isn't connected; call serve inside cluster.session.connect()")
-    started = time.monotonic()
-    host = "127.0.0.1" if host == "localhost" else host
-    url = f"http://{host}:{port}"
-    registry = Registry(tracking_uri)
     settings = Settings(
-        registry=registry.uri,
-        models=None if models is None else tuple(models),
+        registry=Registry(tracking_uri).uri,
+        models=None if models is None else {name: Rollout() for name in models},
         limits=limits or Limits(),
         refresh_s=refresh_s,
         access=None if access is None else access.absolute(),
     )
-    # What can't be opened is told here, by its own error.
-    Gate(settings)
-    if _controller() is not None:
-        _require_same(url, settings)
-        names = _require_champions(registry, models)
-        _wait_until_ready(url, registry, names, started + timeout_s)
-        return url
-    _require_address(host, port)
-    names = _require_champions(registry, models)
-    deployment = engine.deployment(
-        name="Server",
-        num_replicas=1,
-        max_ongoing_requests=settings.limits.ongoing,
-        max_queued_requests=settings.limits.queued,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        ray_actor_options={"num_cpus": cpus},
-        logging_config={"enable_access_log": False},
-    )(engine.ingress()(Server))
+    listener = Listener(host="127.0.0.1" if host == "localhost" else host, port=port)
+    here = running()
+    if here is not None:
+        wanted = replace(here, settings=settings, listener=listener, cpus=cpus)
+        if differences := here.differences(wanted):
+            raise ServingError(
+                f"Serve already runs on this Ray cluster, at {here.listener.url}, but not with "
+                f"these settings ({', '.join(differences)} differ): call serving.app.stop() first, "
+                "or ask for what runs (new champions reach it by themselves)"
+            )
+        # What can't be opened is told here, by its own error.
+        Gate.opened(settings)
+        _wait_until_ready(here, time.monotonic() + timeout_s)
+        return here.listener.url
+    return apply(settings, listener, cpus=cpus, timeout_s=timeout_s).url
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """What `apply` did.
+
+    Attributes:
+        url: The base URL.
+        changed: Dotted names of what it changed, such as `settings.limits.rows`; None where
+            nothing ran before.
+    """
+
+    url: str
+    changed: tuple[str, ...] | None
+
+
+def apply(
+    settings: Settings, listener: Listener, *, cpus: float = 1.0, timeout_s: float = 60.0
+) -> Applied:
+    """Brings what the connected cluster serves to these settings, without a failed request.
+
+    Replicas take changed settings on as they run. Where the code or `cpus` changed, a new replica
+    takes the place of the old one once it is ready, for which the cluster needs CPUs for both.
+
+    Args:
+        settings: What is served.
+        listener: Where; only `stop` and another start change it.
+        cpus: CPUs that the replica takes of the cluster.
+        timeout_s: Seconds to be ready in.
+
+    Raises:
+        AccessError: The keys or the policy can't be used.
+        AuditError: The audit log goes on from no whole line.
+        ServingError: As `serve`; also, the listener isn't the one that runs, or a version that is
+            named isn't there or fails its smoke test. What ran before then goes on: of a change,
+            with those of the new settings that hold.
+        OSError: The registry, or a file of the settings, can't be read.
+    """
+    started = time.monotonic()
+    here = running()
+    # What can't be opened is told here, by its own error, before anything is changed.
+    Gate.opened(settings)
+    if here is None:
+        _require_files(listener)
+        _require_address(listener)
+    _require_versions(settings)
+    if settings.store is not None:
+        Stores(Path(settings.store))
+    if here is None:
+        # Without TLS, Serve listens where clients connect.
+        port = listener.port if listener.tls is None else ports.free(1)[0]
+        host = listener.host if listener.tls is None else "127.0.0.1"
+        wanted = Running(
+            settings=settings,
+            listener=listener,
+            cpus=cpus,
+            direct=f"http://127.0.0.1:{port}",
+            code=_code(),
+        )
+        try:
+            _start(listener, host, port)
+            _deploy(wanted)
+            _wait_until_ready(wanted, started + timeout_s)
+        except BaseException:
+            stop()
+            raise
+        return Applied(url=listener.url, changed=None)
+    if here.listener != listener:
+        raise ServingError(
+            f"Serve listens at {here.listener}, and {listener} is asked for; where it listens, and "
+            "TLS, change only with a new start: `liftyard serve FILE --restart`"
+        )
+    wanted = replace(here, settings=settings, cpus=cpus, code=_code())
+    changed = here.differences(wanted)
+    if changed:
+        _deploy(wanted)
+    _wait_until_ready(wanted, started + timeout_s)
+    return Applied(url=listener.url, changed=tuple(changed))
+
+
+def running() -> Running | None:
+    """What the connected cluster serves with; None where it serves nothing.
+
+    Raises:
+        ServingError: Ray isn't connected, or Serve there runs something else.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        raise ServingError("Ray isn't connected; call this inside cluster.session.connect()")
+    controller = _controller()
+    if controller is None:
+        return None
+    found = ray.get(controller.get_serve_instance_details.remote())["applications"]
     try:
-        engine.start(
-            proxy_location="HeadOnly",
-            http_options=HTTPOptions(host=host, port=port),
-            controller_options={"runtime_env": {"env_vars": haproxy.environment()}},
+        deployment = found[APPLICATION]["deployments"]["Server"]
+        return Running.from_dict(deployment["deployment_config"]["user_config"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise ServingError(
+            f"Serve already runs on this Ray cluster, but not Liftyard ({sorted(found)}): call "
+            "serving.app.stop() first"
+        ) from error
+
+
+def follow(tracking_uri: str, *, timeout_s: float = 60.0) -> Running | None:
+    """Waits until what the cluster serves are the registry's versions of this moment.
+
+    Args:
+        tracking_uri: The registry.
+        timeout_s: Seconds to wait.
+
+    Returns:
+        What it serves with, or None where it serves nothing.
+
+    Raises:
+        ServingError: Ray isn't connected, another registry is served, a version is refused, or it
+            takes too long.
+        OSError: The registry can't be read.
+    """
+    here = running()
+    uri = Registry(tracking_uri).uri
+    if here is not None and here.settings.registry != uri:
+        raise ServingError(
+            f"what runs on this Ray cluster serves {here.settings.registry}, not {uri}: call "
+            "serving.app.stop() first, or name that registry"
         )
-        engine.run_many(
-            [
-                engine.RunTarget(
-                    target=deployment.bind(settings),
-                    name=APPLICATION,
-                    route_prefix="/",
-                )
-            ],
-            wait_for_applications_running=False,
-        )
-        _wait_until_ready(url, registry, names, started + timeout_s)
-    except BaseException:
-        stop()
-        raise
-    return url
+    if here is not None:
+        _wait_until_ready(here, time.monotonic() + timeout_s)
+    return here
 
 
 def stop() -> None:
@@ -148,21 +252,98 @@ def stop() -> None:
         engine.shutdown()
 
 
-def _require_champions(registry: Registry, models: Sequence[str] | None) -> list[str]:
-    """The names to serve."""
+def _start(listener: Listener, host: str, port: int) -> None:
+    """Starts Serve and its listener."""
+    engine = _engine()
+    from ray.serve.config import HTTPOptions
+
+    engine.start(
+        proxy_location="HeadOnly",
+        http_options=HTTPOptions(host=host, port=port),
+        controller_options={"runtime_env": {"env_vars": haproxy.environment(listener)}},
+    )
+
+
+def _deploy(wanted: Running) -> None:
+    """Starts the replica, or brings it to other settings."""
+    engine = _engine()
+    from ray.serve.config import BackpressureConfig
+
+    limits = wanted.settings.limits
+    deployment = engine.deployment(
+        name="Server",
+        num_replicas=1,
+        max_ongoing_requests=limits.ongoing,
+        max_queued_requests=limits.queued,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        ray_actor_options={"num_cpus": wanted.cpus},
+        # The next replica before the last one goes.
+        max_surge_percent=100,
+        user_config=asdict(wanted),
+        logging_config={"enable_access_log": False},
+    )(engine.ingress()(Server))
+    # Serve starts a replica anew where this differs, and by itself would do so at every call.
+    deployment._version = wanted.code
+    target = engine.RunTarget(
+        target=deployment.bind(wanted.settings), name=APPLICATION, route_prefix="/"
+    )
+    engine.run_many([target], wait_for_applications_running=False)
+
+
+def _code() -> str:
+    """Digest of the code that replicas run."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for package in ("cluster", "models", "serving"):
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _require_versions(settings: Settings) -> None:
+    """What is named is there."""
+    registry = Registry(settings.registry)
     there = champions(registry)
-    missing = [name for name in models or () if name not in there]
-    if missing or not there or (models is not None and not models):
+    named = settings.models
+    for name, rollout in (named or {}).items():
+        if rollout.version is not None:
+            try:
+                registry.card(name, rollout.version)
+            except RegistryError as error:
+                raise ServingError(f"models.{name}.version: {error}") from error
+    missing = [
+        name
+        for name, rollout in (named or {}).items()
+        if rollout.version is None and name not in there
+    ]
+    if missing or (named is None and not there) or (named is not None and not named):
         what = f"models {missing} have no champion" if missing else "there is nothing to serve"
         raise ServingError(
             f"{what} in {registry.uri}; there are champions of {sorted(there)}: "
             "register and promote a version, or name others"
         )
-    return sorted(there if models is None else models)
 
 
-def _require_address(host: str, port: int) -> None:
+def _require_files(listener: Listener) -> None:
+    """The certificate and its key fit; HAProxy says so only in its log."""
+    if listener.tls is None:
+        return
+    tls = listener.tls
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(tls.certificate, tls.key, password=lambda: "")
+        if tls.clients_ca is not None:
+            context.load_verify_locations(tls.clients_ca)
+    except OSError as error:
+        raise ServingError(
+            f"tls: {tls} can't be used ({error}); give PEM files, the key without a passphrase"
+        ) from error
+
+
+def _require_address(listener: Listener) -> None:
     """Two listeners of Ray share a port without a word, and then answer 404 at random."""
+    host, port = listener.host, listener.port
     if host not in HOSTS or not 1 <= port <= 65_535:
         raise ServingError(
             f"can't listen on {host}:{port}: allowed are the hosts {HOSTS} (HAProxy reaches the "
@@ -178,21 +359,6 @@ def _require_address(host: str, port: int) -> None:
                 f"can't listen on {host}:{port} ({error.strerror}); choose another port, or end "
                 "what holds it"
             ) from error
-
-
-def _require_same(url: str, settings: Settings) -> None:
-    """What already runs on this cluster is what is asked for."""
-    import httpx
-
-    try:
-        answer = httpx.get(f"{url}/healthz", timeout=5.0, trust_env=False).json()
-    except (httpx.TransportError, ValueError) as error:
-        answer = {"settings": f"none ({error!r})"}
-    if answer.get("settings") != settings.digest():
-        raise ServingError(
-            f"Serve already runs on this Ray cluster, but at {url} not with these settings: call "
-            "serving.app.stop() first, or ask for what runs (new champions reach it by themselves)"
-        )
 
 
 def _engine() -> Any:
@@ -212,6 +378,8 @@ def _engine() -> Any:
 def _controller() -> Any:
     """Serve's controller on the connected cluster, or None."""
     import ray
+
+    _engine()
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
     try:
@@ -220,11 +388,12 @@ def _controller() -> Any:
         return None
 
 
-def _wait_until_ready(url: str, registry: Registry, names: Sequence[str], deadline: float) -> None:
-    """Until each model's champion answers; one that was refused, or a time-out, is an error."""
+def _wait_until_ready(wanted: Running, deadline: float) -> None:
+    """Until each model's version answers; one that was refused, or a time-out, is an error."""
     import httpx
 
     engine = _engine()
+    registry = Registry(wanted.settings.registry)
     said = "the application hasn't started; are there CPUs left on the cluster?"
     with httpx.Client(timeout=5.0, trust_env=False) as client:
         while time.monotonic() < deadline:
@@ -233,26 +402,52 @@ def _wait_until_ready(url: str, registry: Registry, names: Sequence[str], deadli
                 raise ServingError(f"the application failed to start: {status.message.strip()}")
             if status is not None and status.status == "RUNNING":
                 try:
-                    answer = client.get(f"{url}/healthz")
+                    answer = client.get(f"{wanted.direct}/healthz")
                 except httpx.TransportError as error:
-                    said = f"{url} doesn't answer: {error!r}"
+                    said = f"{wanted.direct} doesn't answer: {error!r}"
                 else:
                     said = f"/healthz says {answer.status_code}: {answer.text}"
-                    if answer.status_code in (200, 503) and _serves(answer.json(), registry, names):
+                    if answer.status_code in (200, 503) and _serves(
+                        answer.json(), wanted.settings, registry
+                    ):
+                        _require_listening(wanted.listener)
                         return
             time.sleep(0.05)
     raise ServingError(f"not ready in time: {said}")
 
 
-def _serves(health: dict[str, Any], registry: Registry, names: Sequence[str]) -> bool:
+def _require_listening(listener: Listener) -> None:
+    # HAProxy listens on all of its addresses or on none.
+    host = "127.0.0.1" if listener.host == "0.0.0.0" else listener.host
+    try:
+        socket.create_connection((host, listener.port), timeout=5).close()
+    except OSError as error:
+        raise ServingError(f"{listener.url} doesn't answer: {error}") from error
+
+
+def _serves(health: dict[str, Any], settings: Settings, registry: Registry) -> bool:
+    if health["settings"] != settings.digest():
+        if health["not_applied"] is not None:
+            raise ServingError(
+                f"the replica keeps its former settings: {health['not_applied']}; correct that, "
+                "and apply again"
+            )
+        return False
+    names = list(settings.models) if settings.models is not None else sorted(champions(registry))
     refused = {name: why for name, why in health["refused"].items() if name in names}
     if refused:
         raise ServingError(
             f"models were refused: {refused}; what answers is {health['models']}: promote or "
             "roll back to a version that passes"
         )
-    champions = {name: registry.champion(name) for name in names}
     return all(
-        card is not None and health["models"].get(name) == card.version
-        for name, card in champions.items()
+        version is not None and health["models"].get(name) == version
+        for name, version in ((name, _version(name, settings, registry)) for name in names)
     )
+
+
+def _version(name: str, settings: Settings, registry: Registry) -> int | None:
+    if (pinned := settings.rollout(name).version) is not None:
+        return pinned
+    card = registry.champion(name)
+    return None if card is None else card.version

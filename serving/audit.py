@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ class Audit:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        # With its last user; a replica may be told to write another.
+        weakref.finalize(self, os.close, self._file)
         self._size = -1
         self._digest = FIRST
         self._number = 0

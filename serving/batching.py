@@ -55,6 +55,10 @@ class Batcher:
 
     async def _drain(self) -> None:
         while self._waiting:
+            # Whose time is over, or whose client went away, isn't worked for.
+            self._waiting = [each for each in self._waiting if not each[1].done()]
+            if not self._waiting:
+                break
             rows = taken = 0
             for x, _ in self._waiting:
                 if taken and rows + len(x) > self._max_rows:

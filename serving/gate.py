@@ -56,21 +56,44 @@ class Gate:
             AuditError: The audit log goes on from no whole line.
             OSError: One of the files can't be read or written.
         """
-        files = settings.access
-        self._access = None if files is None else Access(files)
-        audited = files is not None and files.audit is not None
-        self._audit = Audit(Path(files.audit)) if audited and files and files.audit else None
+        self.settings = settings
+        self._access, self._audit = self.opened(settings)
         self.metrics = Metrics()
         self._start = secrets.token_hex(6)
         self._count = 0
 
-    async def keep_fresh(self, every_s: float) -> None:
+    @staticmethod
+    def opened(settings: Settings) -> tuple[Access | None, Audit | None]:
+        """What the settings name, ready to be used.
+
+        Raises:
+            AccessError, AuditError, OSError: As the constructor.
+        """
+        files = settings.access
+        if files is None:
+            return None, None
+        return Access(files), None if files.audit is None else Audit(Path(files.audit))
+
+    def adapt(self, settings: Settings, access: Access | None, audit: Audit | None) -> None:
+        """Goes by other settings from now on.
+
+        Args:
+            settings: They.
+            access: With `audit`, what `opened` made of them.
+            audit: See `access`.
+        """
+        if settings.access != self.settings.access:
+            self._access, self._audit = access, audit
+        self.settings = settings
+
+    async def keep_fresh(self) -> None:
         """Follows the keys and the policy for as long as the replica lives."""
         said = ""
-        while self._access is not None:
-            await asyncio.sleep(every_s)
+        while True:
+            await asyncio.sleep(self.settings.refresh_s)
             try:
-                self._access.reload()
+                if self._access is not None:
+                    self._access.reload()
                 said = ""
             except (OSError, ValueError) as error:
                 # What was read before holds; once is enough to say so.
@@ -93,6 +116,12 @@ class Gate:
         """
         if self._access is not None and asked.action is not None:
             asked.who = self._access.allow(authorization, asked.action, asked.model)
+
+    def may(self, asked: Asked, action: str, model: str) -> bool:
+        """Whether who was let in may also do this."""
+        if self._access is None:
+            return True
+        return asked.who is not None and self._access.may(asked.who, action, model)
 
     async def keep(
         self, asked: Asked, status: int, told: Mapping[str, Any], body: bytes | None

@@ -6,14 +6,18 @@ import shutil
 import sys
 import tempfile
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cluster import ports
+from serving.settings import Listener
 
 
-def environment() -> dict[str, str]:
+def environment(listener: Listener) -> dict[str, str]:
     """Settings of Serve's processes; what this process's environment says has precedence.
+
+    With TLS, HAProxy listens where `listener` says beside the plain loopback port that Serve has.
 
     HAProxy takes the place of Serve's Python proxy and talks to the replica directly. The
     throughput setting runs our code in the replica's own event loop (so scoring goes to threads)
@@ -22,7 +26,7 @@ def environment() -> dict[str, str]:
     wanted = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
     if not _beside_head():
         return {name: os.environ.get(name, value) for name, value in wanted.items()}
-    wanted |= _haproxy_environment()
+    wanted |= _haproxy_environment(listener)
     # The replica finds this package wherever the driver was started; a cluster elsewhere gets it
     # with the working directory.
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -43,7 +47,7 @@ def _beside_head() -> bool:
     )
 
 
-def _haproxy_environment() -> dict[str, str]:
+def _haproxy_environment(listener: Listener) -> dict[str, str]:
     """Puts HAProxy's files in a folder of their own, and has it end with its Ray actor.
 
     As Serve starts it, HAProxy outlives a killed driver and keeps the port, listens for
@@ -65,6 +69,9 @@ def _haproxy_environment() -> dict[str, str]:
             python=sys.executable,
             binary=get_haproxy_binary(),
             ports=(metrics_port, stats_port),
+            address=f"{listener.host}:{listener.port}",
+            tls=None if listener.tls is None else asdict(listener.tls),
+            pem=str(folder / "server.pem"),
         )
     )
     starter.chmod(0o700)
@@ -78,8 +85,8 @@ def _haproxy_environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        # No load balancer elsewhere has to learn that the replica goes; 30 s is for those.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        # Until HAProxy has learned that the replica goes; 30 s is for load balancers elsewhere.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     }
 
 
@@ -96,6 +103,18 @@ _STARTER = textwrap.dedent(
         text = file.read()
     for port in {ports}:
         text = re.sub(rf"bind \\*?:{{port}}\\b", f"bind 127.0.0.1:{{port}}", text)
+    tls = {tls!r}
+    if tls is not None:
+        # HAProxy takes certificate and key from one file.
+        with open(os.open({pem!r}, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as pem:
+            for name in ("certificate", "key"):
+                with open(tls[name]) as part:
+                    pem.write(part.read().rstrip() + "\\n")
+        line = "    bind {address} ssl crt {pem} ssl-min-ver TLSv1.2 alpn http/1.1"
+        if tls["clients_ca"] is not None:
+            line += " ca-file " + tls["clients_ca"] + " verify required"
+        head = "frontend http_frontend\\n"
+        text = text.replace(head, head + line + "\\n", 1)
     with open(path, "w") as file:
         file.write(text)
     os.execv({binary!r}, [{binary!r}, *sys.argv[1:]])

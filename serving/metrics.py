@@ -2,10 +2,11 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from serving.batching import Batcher
+if TYPE_CHECKING:
+    from serving.replica import Models
 
 # Upper bounds in seconds.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -28,15 +29,15 @@ class Metrics:
         times[bisect_left(BUCKETS, seconds)] += 1
         self._seconds[action, model] += seconds  # type: ignore[assignment]
 
-    def text(self, served: Mapping[str, tuple[int, Batcher]]) -> bytes:
-        """The exposition; `served` has each model's version and queue."""
+    def text(self, models: "Models") -> bytes:
+        """The exposition, with what is told of the models."""
         from prometheus_client import CollectorRegistry, generate_latest
 
         registry = CollectorRegistry()
-        registry.register(_Families(self._families(served)))
+        registry.register(_Families(self._families(models)))
         return generate_latest(registry)
 
-    def _families(self, served: Mapping[str, tuple[int, Batcher]]) -> Iterable[Any]:
+    def _families(self, models: "Models") -> Iterable[Any]:
         from prometheus_client.core import (
             CounterMetricFamily,
             GaugeMetricFamily,
@@ -65,12 +66,33 @@ class Metrics:
         rows = CounterMetricFamily(
             "liftyard_model_rows", "Rows scored since the version was loaded", labels=("model",)
         )
-        for model, (version, batcher) in served.items():
-            versions.add_metric((model,), version)
-            waiting.add_metric((model,), batcher.waiting)
-            calls.add_metric((model,), batcher.calls)
-            rows.add_metric((model,), batcher.rows)
-        return answers, times, versions, waiting, calls, rows
+        for model, served in models.served.items():
+            versions.add_metric((model,), served.card.version)
+            waiting.add_metric((model,), served.batcher.waiting)
+            calls.add_metric((model,), served.batcher.calls)
+            rows.add_metric((model,), served.batcher.rows)
+        challengers = GaugeMetricFamily(
+            "liftyard_challenger_version", "Version beside the one served", labels=("model",)
+        )
+        for model, challenger in models.challengers.items():
+            challengers.add_metric((model,), challenger.card.version)
+        refused = GaugeMetricFamily(
+            "liftyard_model_refused_version",
+            "Version that failed on load, so that the one before it goes on answering",
+            labels=("model", "role"),
+        )
+        for role, by_model in (
+            ("champion", models.refused),
+            ("challenger", models.refused_challengers),
+        ):
+            for model, (version, _) in by_model.items():
+                refused.add_metric((model, role), version)
+        shadow = CounterMetricFamily(
+            "liftyard_shadow_requests", "Requests in a shadow", labels=("model", "outcome")
+        )
+        for (model, outcome), count in models.shadow.counts.items():
+            shadow.add_metric((model, outcome), count)
+        return answers, times, versions, waiting, calls, rows, challengers, refused, shadow
 
 
 class _Families:

@@ -4,20 +4,28 @@ Knows nothing of HTTP.
 """
 
 import asyncio
+import hashlib
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from models.registry import Card, Registry
+from models.encoding import Encoder
+from models.registry import Card, Registry, RegistryError
 from models.scoring import Scorer
 from serving.batching import Batcher
 from serving.gate import Gate
+from serving.online import StoreError, Stores
 from serving.schema import RowReader, smoke_rows
-from serving.settings import Settings
+from serving.settings import Rollout, Settings
+from serving.shadow import Shadow
+
+CHAMPION, CHALLENGER = "champion", "challenger"
 
 # With no models named, a model with its first champion is found by every tenth look.
 LOOKS_A_SURVEY = 10
@@ -34,12 +42,12 @@ class UnknownModel(ValueError):
 
 
 class RefusedModel(ValueError):
-    """The model's champion failed on load, and there is none before it."""
+    """The model's version failed on load, and there is none before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A loaded model and what stands in front of it."""
+    """A loaded version and what stands in front of it."""
 
     card: Card
     scorer: Scorer
@@ -54,16 +62,34 @@ class Models:
         """Loads the champions.
 
         Raises:
-            OSError: The registry can't be read.
+            OSError: The registry or the store of features can't be read.
         """
         self.settings = settings
         self.registry = Registry(settings.registry)
         self.served: dict[str, Served] = {}
-        # By model: the version that was refused, and why.
-        self.refused: dict[str, tuple[int, str]] = {}
+        # By model, where it is a canary or a shadow.
+        self.challengers: dict[str, Served] = {}
+        # By model and what it was to become, champion or challenger: the version, and why not.
+        self._refused: dict[tuple[str, str], tuple[int, str]] = {}
+        self.shadow = Shadow()
+        self.stores = _stores(settings)
+        # Why settings that were to be taken on weren't.
+        self.not_applied: str | None = None
+        self._names_of: dict[str, str] = {}
         self._known: list[str] = []
         self._until_survey = 0
+        self._one_at_a_time = threading.Lock()
         self._refresh()
+
+    @property
+    def refused(self) -> dict[str, tuple[int, str]]:
+        """By model: the version that was refused in place of the one that answers, and why."""
+        return {name: why for (name, role), why in self._refused.items() if role == CHAMPION}
+
+    @property
+    def refused_challengers(self) -> dict[str, tuple[int, str]]:
+        """By model: the challenger that was refused, and why."""
+        return {name: why for (name, role), why in self._refused.items() if role == CHALLENGER}
 
     async def keep_fresh(self) -> None:
         """Follows the registry for as long as the replica lives."""
@@ -79,20 +105,66 @@ class Models:
                     log.error(f"the registry can't be read, models stay as they are: {error}")
                 unreachable = True
 
+    def adapt(self, settings: Settings) -> None:
+        """Serves by other settings from now on; what they leave as it was isn't loaded again.
+
+        Raises:
+            OSError: The registry can't be read; then all stays as it was.
+        """
+        if settings.registry != self.settings.registry:
+            other = Models(settings)
+            with self._one_at_a_time:
+                self.settings, self.registry = settings, other.registry
+                self.served, self.challengers = other.served, other.challengers
+                self.stores = other.stores
+                self._refused, self._names_of = other._refused, other._names_of
+                self._known, self._until_survey = other._known, other._until_survey
+            return
+        before, stores = self.settings, self.stores
+        if settings.store != before.store:
+            stores = _stores(settings)
+        self.settings = settings
+        try:
+            self._until_survey = 0
+            self._refresh()
+        except BaseException:
+            self.settings = before
+            raise
+        self.stores = stores
+
     def _refresh(self) -> None:
-        for name in self._names():
-            card = self.registry.champion(name)
-            if card is None:
-                continue
-            served = self.served.get(name)
-            if served is not None and served.card.version == card.version:
-                self._now_serves(replace(served, card=card))
-            elif self.refused.get(name, (None,))[0] != card.version:
-                self._load(name, card)
+        with self._one_at_a_time:
+            if self.stores is not None:
+                try:
+                    self.stores.reload()
+                except StoreError as error:
+                    log.error(f"online features stay as they are: {error}")
+            names = self._names()
+            for name in names:
+                rollout = self.settings.rollout(name)
+                self._follow(name, CHAMPION, self._answering(name, rollout))
+                challenger = self.registry.challenger(name) if rollout.challenged else None
+                self._follow(name, CHALLENGER, challenger)
+            # New dicts, never a change of one: requests read them in another thread.
+            self.served = _of(names, self.served)
+            self.challengers = _of(names, self.challengers)
+            self._refused = {key: why for key, why in self._refused.items() if key[0] in names}
+            self._names_of = {
+                alias: name for name in names for alias in self.settings.rollout(name).aliases
+            }
+
+    def _answering(self, name: str, rollout: Rollout) -> Card | None:
+        if rollout.version is None:
+            return self.registry.champion(name)
+        try:
+            return self.registry.card(name, rollout.version)
+        except RegistryError as error:
+            self._refuse(name, CHAMPION, rollout.version, str(error))
+            return None
 
     def _names(self) -> Sequence[str]:
         if self.settings.models is not None:
-            return self.settings.models
+            return list(self.settings.models)
         if self._until_survey == 0:
             # Reads every version there is, so not every time.
             self._until_survey = LOOKS_A_SURVEY
@@ -100,31 +172,72 @@ class Models:
         self._until_survey -= 1
         return self._known
 
-    def _load(self, name: str, card: Card) -> None:
+    def _follow(self, name: str, role: str, card: Card | None) -> None:
+        """Brings what is in memory to the version that the registry has."""
+        here = self.served if role == CHAMPION else self.challengers
+        if card is None:
+            # A champion stays while it has no successor; a challenger goes.
+            if role == CHALLENGER:
+                self._now(name, role, None)
+            return
+        held = here.get(name)
+        if held is not None and held.card.version == card.version:
+            self._now(name, role, replace(held, card=card))
+        elif self._refused.get((name, role), (None,))[0] != card.version:
+            self._load(name, role, card)
+
+    def _load(self, name: str, role: str, card: Card) -> None:
+        # A challenger that wins, or a champion that went back, is in memory already.
+        others = [self.served.get(name), self.challengers.get(name)]
+        held = next((each for each in others if each and each.card.version == card.version), None)
+        if held is not None:
+            self._now(name, role, replace(held, card=card))
+            return
         try:
             _, scorer = self.registry.load(name, card.version)
             _smoke_test(scorer)
             quick = _is_quick(scorer)
+            if role == CHALLENGER and name in self.served:
+                _require_same_rows(self.served[name].scorer.encoder, scorer.encoder)
         except Exception as error:
             # Not stopped by whatever a stored model raises: the others go on answering.
-            reason = f"{type(error).__name__}: {error}"
-            self.refused = {**self.refused, name: (card.version, reason)}
-            log.error(f"model {name!r} version {card.version} is refused: {reason}")
+            self._refuse(name, role, card.version, f"{type(error).__name__}: {error}")
+            if role == CHALLENGER:
+                self.challengers = {
+                    other: each for other, each in self.challengers.items() if other != name
+                }
             return
-        self._now_serves(
+        self._now(
+            name,
+            role,
             Served(
                 card=card,
                 scorer=scorer,
                 reader=RowReader(scorer.encoder),
                 batcher=Batcher(scorer.predict, inline_rows=INLINE_ROWS if quick else 0),
-            )
+            ),
         )
 
-    def _now_serves(self, served: Served) -> None:
-        # Requests read these in another thread: a new dict, never a change of one.
-        name = served.card.name
-        self.served = {**self.served, name: served}
-        self.refused = {other: why for other, why in self.refused.items() if other != name}
+    def _refuse(self, name: str, role: str, version: int, reason: str) -> None:
+        if self._refused.get((name, role), (None,))[0] != version:
+            log.error(f"model {name!r} version {version} is refused as {role}: {reason}")
+        self._refused = {**self._refused, (name, role): (version, reason)}
+
+    def _now(self, name: str, role: str, served: Served | None) -> None:
+        here = self.served if role == CHAMPION else self.challengers
+        now = {other: each for other, each in here.items() if other != name or served is not None}
+        if served is not None:
+            now[name] = served
+        if role == CHAMPION:
+            self.served = now
+        else:
+            self.challengers = now
+        if (name, role) in self._refused:
+            self._refused = {key: why for key, why in self._refused.items() if key != (name, role)}
+
+    def name(self, asked: str) -> str:
+        """The model that a client means by a name or an alias."""
+        return self._names_of.get(asked, asked)
 
     def find(self, name: str) -> Served:
         """The model.
@@ -141,6 +254,28 @@ class Models:
             raise UnknownModel(f"no model {name!r} is served; there are {list(self.served)}")
         return served
 
+    def pick(self, name: str, key: bytes) -> Served:
+        """The version that answers a request: of the canary's share of keys, the challenger.
+
+        A key always gets the same while the share stays, and those that get the challenger still
+        do when the share grows.
+
+        Args:
+            name: The model.
+            key: Whatever the request is told apart by.
+
+        Raises:
+            UnknownModel, RefusedModel: As `find`.
+        """
+        served = self.find(name)
+        share = self.settings.rollout(name).canary
+        challenger = self.challengers.get(name) if share else None
+        if challenger is None:
+            return served
+        # The name too, so that not the same customers are every model's canaries.
+        digest = hashlib.blake2b(name.encode() + b"\0" + key, digest_size=8).digest()
+        return challenger if int.from_bytes(digest) < share * 2**64 else served
+
     def health(self) -> dict[str, Any]:
         """What /healthz tells: "status" is "ready" or "not ready"."""
         wanted = set(self.settings.models or ()) | self.served.keys() | self.refused.keys()
@@ -148,12 +283,12 @@ class Models:
         return {
             "status": "not ready" if absent or not self.served else "ready",
             "models": {name: served.card.version for name, served in self.served.items()},
+            "challengers": {name: each.card.version for name, each in self.challengers.items()},
             "not_loaded": absent,
             "settings": self.settings.digest(),
-            "refused": {
-                name: f"version {version}: {reason}"
-                for name, (version, reason) in self.refused.items()
-            },
+            "refused": _told(self.refused),
+            "refused_challengers": _told(self.refused_challengers),
+            "not_applied": self.not_applied,
         }
 
 
@@ -164,11 +299,26 @@ class Server:
         self.models = Models(settings)
         self.gate = Gate(settings)
         loop = asyncio.get_running_loop()
-        every = settings.refresh_s
         self._watch = [
             loop.create_task(self.models.keep_fresh()),
-            loop.create_task(self.gate.keep_fresh(every)),
+            loop.create_task(self.gate.keep_fresh()),
         ]
+
+    async def reconfigure(self, running: dict[str, Any]) -> None:
+        """Takes other settings on; where that fails, /healthz says why and the former ones hold.
+
+        Called by Ray Serve, which would end a replica that raises here.
+        """
+        try:
+            settings = Settings.from_dict(running["settings"])
+            if settings != self.models.settings:
+                ready = await asyncio.to_thread(Gate.opened, settings)
+                await asyncio.to_thread(self.models.adapt, settings)
+                self.gate.adapt(settings, *ready)
+            self.models.not_applied = None
+        except (ValueError, OSError) as error:
+            log.error(f"the settings stay as they were: {error}")
+            self.models.not_applied = f"{type(error).__name__}: {error}"
 
     def __serve_build_asgi_app__(self) -> Any:
         from serving.routes import application
@@ -176,9 +326,33 @@ class Server:
         return application(self.models, self.gate)
 
 
+def _stores(settings: Settings) -> Stores | None:
+    return None if settings.store is None else Stores(Path(settings.store))
+
+
+def _of(names: Sequence[str], here: Mapping[str, Served]) -> dict[str, Served]:
+    return {name: each for name, each in here.items() if name in names}
+
+
+def _told(refused: Mapping[str, tuple[int, str]]) -> dict[str, str]:
+    return {name: f"version {version}: {reason}" for name, (version, reason) in refused.items()}
+
+
 def champions(registry: Registry) -> set[str]:
-    """Names of the models that have a champion."""
-    return {card.name for card in registry.models() if "champion" in card.aliases}
+    """Names of the models that have a champion; what has no features isn't of rows."""
+    return {card.name for card in registry.models() if "champion" in card.aliases and card.features}
+
+
+def _require_same_rows(here: Encoder, there: Encoder) -> None:
+    """A request is written for the one that answers, before it is known which will."""
+    mine = {column.name: column.kind for column in here.columns}
+    other = {column.name: column.kind for column in there.columns}
+    if mine != other:
+        apart = sorted(mine.items() ^ other.items())
+        raise ValueError(
+            f"takes other rows than the version that answers ({apart}), so the two can't share "
+            "requests; promote it, or serve it by a name of its own"
+        )
 
 
 def _smoke_test(scorer: Scorer) -> None:

@@ -4,20 +4,23 @@ import asyncio
 import json
 import logging
 import re
+import zlib
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request, Response
 
 from models.explain import ExplainError
-from serving import arrow, schema
+from serving import arrow, customers, schema
 from serving.access import Denied
 from serving.audit import AuditError
 from serving.explaining import explanations
 from serving.gate import Asked, Gate
 from serving.metrics import MEDIA_TYPE as METRICS
-from serving.replica import Models, RefusedModel, UnknownModel
+from serving.replica import Models, RefusedModel, Served, UnknownModel
 from serving.settings import Limits
 
 Scope = MutableMapping[str, Any]
@@ -26,9 +29,17 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 JSON = "application/json"
 
+# The header that keeps a client's requests at one version while a canary runs.
+ROUTING_KEY = b"x-routing-key"
+
 log = logging.getLogger("ray.serve")
 
+# The header with the milliseconds from arrival that a client waits.
+DEADLINE = b"x-deadline-ms"
+
 _ROWS = re.compile(r"/v1/models/([^/]+)/(score|explain)")
+_CUSTOMER_SCORE = re.compile(r"/v1/models/([^/]+)/customers/([^/]+)")
+_CUSTOMER = re.compile(r"/v1/customers/([^/]+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +73,9 @@ def application(models: Models, gate: Gate) -> Callable[[Scope, Receive, Send], 
         if scope["type"] != "http":
             await others(scope, receive, send)
             return
-        action, name = _asked(scope)
+        action, name, customer = _asked(scope)
+        if name is not None:
+            name = models.name(name)
         headers = dict(scope["headers"])
         asked = gate.asked(action, name, headers.get(b"x-request-id"))
         if action is None:
@@ -72,11 +85,16 @@ def application(models: Models, gate: Gate) -> Callable[[Scope, Receive, Send], 
         try:
             sent = headers.get(b"authorization")
             gate.admit(asked, None if sent is None else sent.decode("latin-1"))
-            body = await _body(receive, models.settings.limits.body_bytes)
-            reply = await _answered(models, gate, action, name or "", _media_type(headers), body)
+            async with asyncio.timeout(_time_left(headers)):
+                body = await _body(receive, models.settings.limits.body_bytes)
+                reply = await _answered(models, gate, asked, headers, body, customer)
         except Denied as error:
             asked.who = error.who
             reply = _denial(error)
+        except schema.RequestError as error:
+            reply = refusal(error)
+        except TimeoutError:
+            reply = problem(504, "the answer wasn't ready in the time of X-Deadline-Ms")
         except Exception:
             log.exception(f"request {asked.id} failed")
             reply = problem(500, f"the server failed; ask for request {asked.id} in its log")
@@ -90,32 +108,65 @@ def application(models: Models, gate: Gate) -> Callable[[Scope, Receive, Send], 
     return answer
 
 
-def _asked(scope: Scope) -> tuple[str | None, str | None]:
-    """The action and model that a request is about; none for what is open to all."""
+def _asked(scope: Scope) -> tuple[str | None, str | None, str | None]:
+    """The action, model and customer that a request is about; none for what is open to all."""
     path, method = scope["path"], scope["method"]
     if method == "POST":
-        found = _ROWS.fullmatch(path)
-        return (found[2], found[1]) if found else (None, None)
+        if found := _ROWS.fullmatch(path):
+            return found[2], found[1], None
+        if found := _CUSTOMER_SCORE.fullmatch(path):
+            return "score", found[1], found[2]
     if method == "GET" and path in ("/v1/models", "/metrics"):
-        return path.rpartition("/")[2], None
-    return None, None
+        return path.rpartition("/")[2], None, None
+    if method == "GET" and (found := _CUSTOMER.fullmatch(path)):
+        return "customers", None, found[1]
+    return None, None, None
 
 
 async def _answered(
-    models: Models, gate: Gate, action: str, name: str, media_type: str, body: bytes | None
+    models: Models,
+    gate: Gate,
+    asked: Asked,
+    headers: Mapping[bytes, bytes],
+    body: bytes | None,
+    customer: str | None = None,
 ) -> Reply:
-    match action:
+    name = asked.model or ""
+    match asked.action:
+        case "score" if customer is not None:
+            return await customer_score(models, name, customer, body)
+        case "customers":
+            return await customer_page(models, gate, asked, customer or "")
         case "score":
-            return await score(models, name, media_type, body)
+            key = headers.get(ROUTING_KEY)
+            return await score(models, name, _media_type(headers), body, key=key, request=asked.id)
         case "explain":
             return await explain(models, name, body)
         case "models":
-            return as_json({"models": [asdict(each.card) for each in models.served.values()]})
-    served = {name: (each.card.version, each.batcher) for name, each in models.served.items()}
-    return Reply(body=gate.metrics.text(served), media_type=METRICS)
+            return as_json(
+                {
+                    "models": [asdict(each.card) for each in models.served.values()],
+                    "challengers": [asdict(each.card) for each in models.challengers.values()],
+                    "refused": {**_refusals(models.refused)},
+                    "refused_challengers": {**_refusals(models.refused_challengers)},
+                }
+            )
+    return Reply(body=gate.metrics.text(models), media_type=METRICS)
 
 
-async def score(models: Models, name: str, media_type: str, body: bytes | None) -> Reply:
+def _refusals(refused: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
+    return {name: {"version": v, "reason": reason} for name, (v, reason) in refused.items()}
+
+
+async def score(
+    models: Models,
+    name: str,
+    media_type: str,
+    body: bytes | None,
+    *,
+    key: bytes | None = None,
+    request: str = "",
+) -> Reply:
     """The scores of a request's rows, as JSON or Arrow, whichever they came in.
 
     Args:
@@ -123,29 +174,65 @@ async def score(models: Models, name: str, media_type: str, body: bytes | None) 
         name: Which.
         media_type: Of the body.
         body: None where it was over the limit.
+        key: What decides whether a canary answers; None takes the body.
+        request: Its id.
     """
     limits = models.settings.limits
     try:
         served = models.find(name)
-        version = served.card.version
         body = _within(body, limits)
+        if models.settings.rollout(name).canary:
+            served = models.pick(name, key or zlib.crc32(body).to_bytes(4))
+        version = served.card.version
         if media_type == arrow.MEDIA_TYPE:
             x_np = arrow.matrix(body, served.scorer.encoder, max_rows=limits.rows)
-            scores_n = await served.batcher.score(x_np)
-            return Reply(
-                body=arrow.answer(scores_n, model=name, version=version),
-                media_type=arrow.MEDIA_TYPE,
-                told={"version": version, "rows": len(x_np)},
-            )
-        x_np = served.reader.matrix(schema.parse(body, max_rows=limits.rows))
+            rows = None
+        else:
+            rows = schema.parse(body, max_rows=limits.rows)
+            x_np = served.reader.matrix(rows)
     except (schema.RequestError, UnknownModel, RefusedModel) as error:
         return refusal(error)
     scores_n = await served.batcher.score(x_np)
+    _shadow(models, request, served, body, rows, scores_n)
+    told = {"version": version, "rows": len(x_np)}
+    if rows is None:
+        return Reply(
+            body=arrow.answer(scores_n, model=name, version=version),
+            media_type=arrow.MEDIA_TYPE,
+            told=told,
+        )
     # repr of a float64, which json writes, reads back as the same bits.
-    return as_json(
-        {"model": name, "version": version, "scores": scores_n.tolist()},
-        told={"version": version, "rows": len(x_np)},
-    )
+    return as_json({"model": name, "version": version, "scores": scores_n.tolist()}, told=told)
+
+
+def _shadow(
+    models: Models,
+    request: str,
+    served: Served,
+    body: bytes,
+    rows: list[Any] | None,
+    scores_n: np.ndarray,
+) -> None:
+    """Has a shadow score what the champion has answered."""
+    settings, name = models.settings, served.card.name
+    challenger = models.challengers.get(name)
+    if not settings.rollout(name).shadow or settings.shadow_log is None or challenger is None:
+        return
+    if challenger.card.version == served.card.version:
+        return
+
+    def score() -> np.ndarray:
+        # Strings may have other codes there.
+        if rows is None:
+            encoder = challenger.scorer.encoder
+            return challenger.scorer.predict(
+                arrow.matrix(body, encoder, max_rows=settings.limits.rows)
+            )
+        return challenger.scorer.predict(challenger.reader.matrix(rows))
+
+    versions = (served.card.version, challenger.card.version)
+    file = Path(settings.shadow_log)
+    models.shadow.score(file, request, name, versions, scores_n, score)
 
 
 async def explain(models: Models, name: str, body: bytes | None) -> Reply:
@@ -164,15 +251,64 @@ async def explain(models: Models, name: str, body: bytes | None) -> Reply:
         return refusal(error)
 
 
+async def customer_score(models: Models, name: str, customer: str, body: bytes | None) -> Reply:
+    """A customer's score; `body` may bring new events and the moment that they lead up to."""
+    try:
+        served = models.find(name)
+        events, at = customers.parse(_within(body, models.settings.limits))
+        known = await asyncio.to_thread(customers.known, models.stores, customer, events, at)
+        served = models.pick(name, str(known.id).encode())
+        row = customers.row(served, known)
+        x_np = served.reader.matrix([row])
+    except (schema.RequestError, UnknownModel, RefusedModel) as error:
+        return refusal(error)
+    (score,) = (await served.batcher.score(x_np)).tolist()
+    version = served.card.version
+    said = {"model": name, "version": version, "customer": known.id, "cutoff": known.cutoff}
+    return as_json(
+        {**said, "score": score, "features": row},
+        told={"version": version, "rows": 1, "customer": known.id},
+    )
+
+
+async def customer_page(models: Models, gate: Gate, asked: Asked, customer: str) -> Reply:
+    """What is known of a customer, with the scores that the asker may have."""
+    try:
+        known = await asyncio.to_thread(customers.known, models.stores, customer, {}, None)
+    except schema.RequestError as error:
+        return refusal(error)
+    scores: dict[str, Any] = {}
+    for name in models.served:
+        served = models.pick(name, str(known.id).encode())
+        missing = customers.missing(served, known)
+        if not gate.may(asked, "score", name) or missing:
+            continue
+        x_np = served.reader.matrix([customers.row(served, known)])
+        (score,) = (await served.batcher.score(x_np)).tolist()
+        scores[name] = {"version": served.card.version, "score": score}
+    versions = {name: each["version"] for name, each in scores.items()}
+    return as_json(
+        {
+            "customer": known.id,
+            "cutoff": known.cutoff,
+            "scores": scores,
+            "segment": known.features.get("segment"),
+            "sentiment": known.features.get("sentiment"),
+            "features": known.features,
+        },
+        told={"versions": versions, "rows": 1, "customer": known.id},
+    )
+
+
 def _fastapi(models: Models, gate: Gate) -> FastAPI:
     app = FastAPI(title="Liftyard", summary="Scores of the registry's champions", version="1")
     rows = {"requestBody": schema.REQUEST_BODY}
 
-    # The next four are answered before FastAPI; here they are for its page.
+    # The next six are answered before FastAPI; here they are for its page.
     @app.post("/v1/models/{name}/score", openapi_extra=rows)
     async def score_rows(name: str, request: Request) -> Response:
         """Scores rows: the probability of 1, one a row, in their order."""
-        return _response(await score(models, name, JSON, await request.body()))
+        return _response(await score(models, models.name(name), JSON, await request.body()))
 
     @app.post("/v1/models/{name}/explain", openapi_extra=rows)
     async def explain_rows(name: str, request: Request) -> Response:
@@ -183,15 +319,27 @@ def _fastapi(models: Models, gate: Gate) -> FastAPI:
         """
         return _response(await explain(models, name, await request.body()))
 
+    @app.post("/v1/models/{name}/customers/{id}", openapi_extra=customers.BODY)
+    async def score_customer(name: str, id: str, request: Request) -> Response:
+        """Scores a customer by the latest features, or with new events as of a moment."""
+        body = await request.body()
+        return _response(await customer_score(models, models.name(name), id, body))
+
+    @app.get("/v1/customers/{id}")
+    async def customer(id: str) -> Response:
+        """A customer's latest features and scores; segment and sentiment where they are known."""
+        asked = gate.asked("customers", None, None)
+        return _response(await customer_page(models, gate, asked, id))
+
     @app.get("/v1/models")
     async def cards() -> Response:
         """The cards of the models served."""
-        return _response(await _answered(models, gate, "models", "", JSON, b""))
+        return _response(await _answered(models, gate, gate.asked("models", None, None), {}, b""))
 
     @app.get("/metrics")
     async def metrics() -> Response:
         """Counts and times, for Prometheus."""
-        return _response(await _answered(models, gate, "metrics", "", JSON, b""))
+        return _response(await _answered(models, gate, gate.asked("metrics", None, None), {}, b""))
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -248,6 +396,17 @@ def refusal(error: Exception) -> Reply:
         case ExplainError():
             return problem(501, str(error))
     raise error
+
+
+def _time_left(headers: Mapping[bytes, bytes]) -> float | None:
+    """Seconds that the client waits, by its header; None where it doesn't say."""
+    said = headers.get(DEADLINE)
+    if said is None:
+        return None
+    if not said.isdigit() or len(said) > 9 or int(said) == 0:
+        reason = f"X-Deadline-Ms is {said.decode('latin-1')!r}; give whole milliseconds above 0"
+        raise schema.RequestError([schema.Problem(reason=reason)], status=400)
+    return int(said) / 1000
 
 
 def _within(body: bytes | None, limits: Limits) -> bytes:

@@ -1,14 +1,18 @@
-"""What a replica serves, and how much it takes."""
+"""What a replica serves, how much it takes, and where it is listened for."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from serving.access import AccessFiles
 
 
 class ServingError(ValueError):
-    """Serving can't start as asked; the message says what to do."""
+    """Serving can't start or change as asked; the message says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,24 +35,134 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """Which versions of a model are asked.
+
+    Attributes:
+        version: The one that answers; None for the champion, whichever that is.
+        aliases: Other names that clients may ask by.
+        canary: Share of the requests that the challenger answers, from 0 to 1.
+        shadow: Whether the challenger also scores what the champion answers, for the shadow log.
+    """
+
+    version: int | None = None
+    aliases: tuple[str, ...] = ()
+    canary: float = 0.0
+    shadow: bool = False
+
+    @property
+    def challenged(self) -> bool:
+        """Whether there is work for a challenger."""
+        return self.shadow or self.canary > 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a replica serves.
 
     Attributes:
         registry: URI of the registry.
-        models: Names, or None for all that have a champion.
+        models: By name; None for all that have a champion.
         limits: See `Limits`.
         refresh_s: Seconds between two looks for new champions, and for changed keys.
         access: Keys, policy and audit log; None lets everyone in who reaches the address.
+        shadow_log: File that shadow scores are appended to.
+        store: Folder of the online features (`serving.online`); None where there are none.
     """
 
     registry: str
-    models: tuple[str, ...] | None
+    models: Mapping[str, Rollout] | None
     limits: Limits
     refresh_s: float
     access: AccessFiles | None = None
+    shadow_log: str | None = None
+    store: str | None = None
+
+    def rollout(self, name: str) -> Rollout:
+        """The model's; every model is served by its champion where none are named."""
+        return (self.models or {}).get(name, Rollout())
 
     def digest(self) -> str:
         """The same for the same settings; tells them apart without telling them."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
+        """The settings that `dataclasses.asdict` took apart."""
+        return TypeAdapter(cls).validate_python(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tls:
+    """Files in PEM that HAProxy ends TLS with; read again whenever it starts.
+
+    Attributes:
+        certificate: The server's, with those between it and the root.
+        key: The certificate's private key, without a passphrase.
+        clients_ca: Who signs clients' certificates, which are then required; None asks for none.
+    """
+
+    certificate: str
+    key: str
+    clients_ca: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listener:
+    """Where clients connect; it stays for as long as serving runs.
+
+    Attributes:
+        host: "127.0.0.1", or "0.0.0.0" for every interface.
+        port: Port.
+        tls: None speaks plain HTTP.
+    """
+
+    host: str = "127.0.0.1"
+    port: int
+    tls: Tls | None = None
+
+    @property
+    def url(self) -> str:
+        """Base URL."""
+        return f"{'https' if self.tls else 'http'}://{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """What a cluster serves with.
+
+    Attributes:
+        settings: Its replicas'.
+        listener: Where it is asked.
+        cpus: CPUs of a replica.
+        direct: Base URL that answers on the head's machine without TLS.
+        code: Digest of the code that the replicas run.
+    """
+
+    settings: Settings
+    listener: Listener
+    cpus: float
+    direct: str
+    code: str
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Running":
+        """What `dataclasses.asdict` took apart."""
+        return TypeAdapter(cls).validate_python(values)
+
+    def differences(self, other: "Running") -> list[str]:
+        """Dotted names of what isn't the same, such as `settings.limits.rows`."""
+        here, there = _flat("", asdict(self)), _flat("", asdict(other))
+        names = sorted(here.keys() | there.keys())
+        return [name for name in names if here.get(name) != there.get(name)]
+
+
+def _flat(at: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {
+            name: each
+            for key, inner in value.items()
+            for name, each in _flat(f"{at}.{key}" if at else str(key), inner).items()
+        }
+    return {at: value}

@@ -166,9 +166,9 @@ def ground(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         assert eventually(lambda: not haproxies())
 
 
-def test_without_ray_it_says_what_to_do() -> None:
+def test_without_ray_it_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(app.ServingError, match=r"session\.connect"):
-        app.serve("sqlite:///none.db", port=free_port())
+        app.serve(f"sqlite:///{tmp_path}/none.db", port=free_port())
 
 
 # What doesn't start, before `ground` starts what does.

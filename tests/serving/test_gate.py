@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,10 +22,11 @@ from models.registry import Registry
 from models.scoring import Scorer
 from serving import audit
 from serving.access import AccessFiles, add_key
+from serving.batching import Batcher
 from serving.gate import Gate
 from serving.replica import Models
 from serving.routes import application
-from serving.settings import Limits, Settings
+from serving.settings import Limits, Rollout, Settings
 
 FRAME = pl.DataFrame({"spend": [1.5, None, -3.0, 8.0] * 20, "segment": ["a", None, "b", "a"] * 20})
 ENCODER = Encoder.fit(FRAME, FRAME.columns)
@@ -177,9 +179,56 @@ def test_no_answer_without_its_line_in_the_log(place: Place, tmp_path: Path) -> 
     assert chosen.access is not None
     files = AccessFiles(keys=chosen.access.keys, policy=chosen.access.policy, audit=str(log))
     run(
-        Settings(registry=place.uri, models=("lapse",), limits=LIMITS, refresh_s=60, access=files),
+        Settings(
+            registry=place.uri,
+            models={"lapse": Rollout()},
+            limits=LIMITS,
+            refresh_s=60,
+            access=files,
+        ),
         use,
     )
+
+
+def test_after_its_deadline_a_request_is_answered_504_and_its_rows_are_left(place: Place) -> None:
+    free = threading.Event()
+    calls: list[int] = []
+
+    def predict(x: np.ndarray) -> np.ndarray:
+        calls.append(len(x))
+        free.wait(30)
+        return x[:, 0].astype(np.float64)
+
+    chosen = place.settings(guarded=False)
+    models = Models(chosen)
+    # Held up by a model that is at work for as long as this test wants.
+    held = replace(models.served["lapse"], batcher=Batcher(predict))
+    models.served = {**models.served, "lapse": held}
+
+    async def use(client: httpx.AsyncClient) -> None:
+        async def ask(rows: int, deadline: str | None = None) -> httpx.Response:
+            headers = {} if deadline is None else {"x-deadline-ms": deadline}
+            body = {"rows": [ROW] * rows}
+            return await client.post("/v1/models/lapse/score", json=body, headers=headers)
+
+        first = asyncio.create_task(ask(1))
+        while not calls:
+            await asyncio.sleep(0.001)
+        late = await ask(2, "20")
+        assert (late.status_code, "X-Deadline-Ms" in late.json()["detail"]) == (504, True)
+        free.set()
+        assert (await first).status_code == 200
+        assert (await ask(3, "30000")).status_code == 200
+        for said in ("0", "-1", "soon", "1e3"):
+            assert (await ask(1, said)).status_code == 400
+        assert calls == [1, 3]
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(application(models, Gate(chosen)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            await use(client)
+
+    asyncio.run(main())
 
 
 def test_metrics_count_answers_by_model_and_not_invented_names(place: Place) -> None:

@@ -33,8 +33,10 @@ def main() -> None:
             ended.wait(LOOK_S)
         served = False
         while not ended.is_set():
-            # Where it runs already, this only asks whether it is well.
-            url = app.serve(given.tracking, port=given.port)
+            # Where it runs already, maybe as `liftyard serve` set it up, this only asks whether it
+            # is well.
+            here = app.follow(given.tracking)
+            url = here.listener.url if here else app.serve(given.tracking, port=given.port)
             if not served:
                 print(f"serve: serves {url}", flush=True)
                 served = True
@@ -43,7 +45,9 @@ def main() -> None:
 
 def _settled(tracking: str) -> bool:
     """Whether there is a champion, and none so young that its run may be about to serve it."""
-    champions = [card for card in Registry(tracking).models() if "champion" in card.aliases]
+    cards = Registry(tracking).models()
+    # What has no features isn't served by row.
+    champions = [card for card in cards if "champion" in card.aliases and card.features]
     now = datetime.now(UTC)
     ages = [(now - datetime.fromisoformat(card.created)).total_seconds() for card in champions]
     return bool(ages) and min(ages) > YOUNG_S

@@ -1,0 +1,127 @@
+"""What `serve.yaml` may say: the whole configuration of what is served.
+
+Knows nothing of YAML, or of how it is applied (`serving.app.apply`).
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from serving import settings
+from serving.access import AccessFiles
+from serving.settings import Listener, Rollout, Settings
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(_Model):
+    """One model: which versions answer, and by which other names; see `settings.Rollout`."""
+
+    version: Count | None = None
+    aliases: tuple[Annotated[str, Field(pattern=r"^[^/\s]+$")], ...] = ()
+    canary: Share = 0.0
+    shadow: bool = False
+
+
+class Limits(_Model):
+    """What one replica takes before it says no; see `settings.Limits`."""
+
+    rows: Count = settings.Limits.rows
+    explained_rows: Count = settings.Limits.explained_rows
+    body_bytes: Count = settings.Limits.body_bytes
+    ongoing: Count = settings.Limits.ongoing
+    queued: Annotated[int, Field(ge=0)] = settings.Limits.queued
+
+
+class Access(_Model):
+    """Files; rates and rights are the policy's."""
+
+    keys: str
+    policy: str | None = None
+    audit: str | None = None
+
+
+class Tls(_Model):
+    """Files in PEM; with `clients_ca`, clients need a certificate too."""
+
+    certificate: str
+    key: str
+    clients_ca: str | None = None
+
+
+class Serve(_Model):
+    """A `serve.yaml`; relative paths start from its folder."""
+
+    host: Literal["127.0.0.1", "0.0.0.0"] = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65_535)] | None = None
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    refresh_s: Annotated[float, Field(ge=0.1)] = 2.0
+    shadow_log: str | None = None
+    store: str | None = None
+    models: dict[str, Model] | None = None
+    limits: Limits = Limits()
+    access: Access | None = None
+    tls: Tls | None = None
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _nothing_said_is_the_champion(cls, models: object) -> object:
+        # `lapse_30d:` alone is null in YAML.
+        if isinstance(models, dict):
+            return {name: {} if said is None else said for name, said in models.items()}
+        return models
+
+    @field_validator("models")
+    @classmethod
+    def _fit_together(
+        cls, models: dict[str, Model] | None, info: ValidationInfo
+    ) -> dict[str, Model] | None:
+        if models is not None and not models:
+            raise ValueError("is empty; name some, or leave it out to serve every champion")
+        taken = set(models or ())
+        for name, model in (models or {}).items():
+            for alias in model.aliases:
+                if alias in taken:
+                    raise ValueError(f"{name}: the alias {alias!r} is another's name or alias")
+                taken.add(alias)
+            if model.shadow and info.data.get("shadow_log") is None:
+                raise ValueError(f"{name}: shadow needs shadow_log, the file for its scores")
+        return models
+
+    def settings(self, registry: str, folder: Path) -> Settings:
+        """What the replicas get; paths made absolute from `folder`."""
+
+        def at(path: str | None) -> str | None:
+            return None if path is None else str((folder / path).absolute())
+
+        models = access = None
+        if self.models is not None:
+            models = {name: Rollout(**each.model_dump()) for name, each in self.models.items()}
+        if self.access is not None:
+            keys = str((folder / self.access.keys).absolute())
+            access = AccessFiles(
+                keys=keys, policy=at(self.access.policy), audit=at(self.access.audit)
+            )
+        return Settings(
+            registry=registry,
+            models=models,
+            limits=settings.Limits(**self.limits.model_dump()),
+            refresh_s=self.refresh_s,
+            access=access,
+            shadow_log=at(self.shadow_log),
+            store=at(self.store),
+        )
+
+    def listener(self, port: int, folder: Path) -> Listener:
+        """Where clients connect; `port` where the file names none."""
+        tls = None
+        if self.tls is not None:
+            said = self.tls.model_dump(exclude_none=True)
+            tls = settings.Tls(**{key: str((folder / at).absolute()) for key, at in said.items()})
+        return Listener(host=self.host, port=self.port or port, tls=tls)
