@@ -314,15 +314,38 @@ class Sweep(_Model):
         return self
 
 
+class Scores(_Model):
+    """A table's column of texts to be scored, and where a shift is looked for.
+
+    With `time`, the last week's sentiment is compared with the eight weeks before it
+    (`models.shift`), for each value of each column of `by`.
+    """
+
+    text: str
+    time: str | None = None
+    by: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_alone(cls, said: object) -> object:
+        return {"text": said} if isinstance(said, str) else said
+
+    @model_validator(mode="after")
+    def _by_needs_time(self) -> Scores:
+        if bool(self.by) != (self.time is not None):
+            raise ValueError(f"time {self.time!r} and by {self.by}: give both, or neither")
+        return self
+
+
 class Sentiment(SentimentTraining):
     """A sentiment training, and the tables that its champion scores.
 
-    `scores` maps a table to its column of texts. Its rows, with what was told of each, are the
-    table `TABLE_sentiment`, which features may be of: the column `sentiment`, from -1 to 1, is the
-    probability of positive less that of negative.
+    `scores` maps a table to its column of texts, or to `Scores`. Its rows, with what was told of
+    each, are the table `TABLE_sentiment`, which features may be of: the column `sentiment`, from -1
+    to 1, is the probability of positive less that of negative.
     """
 
-    scores: dict[str, str] = Field(default_factory=dict)
+    scores: dict[str, Scores] = Field(default_factory=dict)
 
     @property
     def training(self) -> SentimentTraining:
@@ -381,14 +404,15 @@ class Pipeline(_Model):
 
     @model_validator(mode="after")
     def _scored_texts_are_there(self) -> Pipeline:
-        for table, text in (self.sentiment.scores if self.sentiment else {}).items():
+        for table, scores in (self.sentiment.scores if self.sentiment else {}).items():
             where = f"sentiment.scores.{table}"
             if table not in self.tables:
                 raise ValueError(
                     f"{where}: no such table; declared: {', '.join(self.tables)}"
                     f"{suggestion(table, list(self.tables))}"
                 )
-            self._require(where, [text], list(self.tables[table].columns))
+            named = [scores.text, *([scores.time] if scores.time else []), *scores.by]
+            self._require(where, named, list(self.tables[table].columns))
         return self
 
     @model_validator(mode="after")

@@ -10,14 +10,16 @@ import os
 import time
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import polars as pl
 from rich.console import Console
 
-from cluster import dask_lease, ports, session
+from cluster import dask_lease, ports, session, storage
 from cluster.device import Device
 from cluster.environment import Environment
 from jobs import progress, report, sweep, training_set
@@ -28,6 +30,7 @@ from jobs.register import register
 from jobs.runs import Run, Step
 from jobs.search import most, variants
 from jobs.validate import validate
+from models import shift
 from models.metrics import METRICS
 from models.registry import Registry, Trial
 
@@ -213,6 +216,7 @@ class _Work:
 
         declared = self.pipeline.sentiment
         assert declared is not None
+        scores = declared.scores[table]
         work = self.run.folder / "sentiment" / table
         work.mkdir(parents=True, exist_ok=True)
         _, model = self.registry.folder(declared.name, work)
@@ -220,7 +224,7 @@ class _Work:
             done = sentiment_scoring.score_file(
                 table,
                 f"{table}_sentiment",
-                text_column=declared.scores[table],
+                text_column=scores.text,
                 model=model,
                 storage_root=self.tables,
                 work=work,
@@ -228,7 +232,31 @@ class _Work:
                 on_start=on_start,
                 on_done=on_done,
             )
-        return {"rows": done.rows, "engine": done.engine.reason, "outcomes": dict(done.outcomes)}
+        alarms = []
+        if scores.time is not None:
+            rows = storage.scan(self.tables, f"{table}_sentiment")
+            told = rows.select({*scores.by, scores.time, "sentiment"}).collect()
+            last = told[scores.time].cast(pl.Datetime("us")).max()
+            for by in scores.by if isinstance(last, datetime) else []:
+                assert isinstance(last, datetime)
+                found = shift.alarms(
+                    told.with_columns(pl.col(scores.time).cast(pl.Datetime("us"))),
+                    entity=by,
+                    time=scores.time,
+                    value="sentiment",
+                    at=last + timedelta(microseconds=1),
+                )
+                hit = found.filter("alarm")
+                alarms += [
+                    {"by": by, "value": str(value), "reason": reason}
+                    for value, reason in hit.select(by, "reason").iter_rows()
+                ]
+        return {
+            "rows": done.rows,
+            "engine": done.engine.reason,
+            "outcomes": dict(done.outcomes),
+            "alarms": alarms,
+        }
 
     def features(self) -> Step:
         start = time.perf_counter()

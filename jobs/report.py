@@ -83,6 +83,7 @@ def write(folder: Path) -> Path:
             tables=_tables(steps),
             features=steps["features"]["detail"] if "features" in steps else {},
             sentiment=_sentiment(folder / "sentiment.json"),
+            scored=steps["sentiment"]["detail"]["scored"] if "sentiment" in steps else {},
             training=steps["training"]["detail"] if "training" in steps else {},
             targets=[_target(folder, name, summary) for name in _target_names(folder, summary)],
             roles=charts.ROLES,

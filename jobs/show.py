@@ -38,6 +38,13 @@ def run(done: Run, console: Console) -> None:
             f"{told['metrics']['macro_f1']:.4f} on texts held out "
             f"(TF-IDF: {told['tfidf_macro_f1']:.4f})"
         )
+        for table, scored in told["scored"].items():
+            for alarm in scored["alarms"]:
+                console.print(
+                    f"alarm: {table}, {alarm['by']} {alarm['value']}: {alarm['reason']}",
+                    style="yellow",
+                    markup=False,
+                )
     if "register" in details:
         targets = details["register"]["targets"]
         console.print(_targets(targets))

@@ -22,13 +22,14 @@ tables:
   comments:
     source: {path: comments.parquet}
     entity: customer
-    columns: {customer: int64, at: datetime, text: string}
+    columns: {customer: int64, product: string, at: datetime, text: string}
 sentiment:
   texts: [{path: labelled.csv}]
   encoder: ENCODER
   mode: head
   topics: {groups: 2}
-  scores: {comments: text}
+  scores:
+    comments: {text: text, time: at, by: [product]}
 features:
   mood:
     table: comments_sentiment
@@ -49,12 +50,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("voices")
     encoder = tiny_encoder.write(folder / "encoder")
     tiny_encoder.labelled(300).write_csv(folder / "labelled.csv")
-    texts = tiny_encoder.labelled(200, seed=9)["text"]
-    start = datetime(2024, 2, 1)
+    start, hours = datetime(2024, 2, 1), 840
+    texts = tiny_encoder.labelled(hours, seed=9)["text"].to_list()
+    # In the last week, the lamp is broken.
+    texts[-168::2] = [f"the {tiny_encoder.BAD[i % 5]} price" for i in range(84)]
     pl.DataFrame(
         {
-            "customer": [i % 7 for i in range(200)],
-            "at": [start + timedelta(hours=3 * i) for i in range(200)],
+            "customer": [i % 7 for i in range(hours)],
+            "product": ["lamp", "kettle"] * (hours // 2),
+            "at": [start + timedelta(hours=i) for i in range(hours)],
             "text": texts,
         }
     ).write_parquet(folder / "comments.parquet")
@@ -70,7 +74,11 @@ def test_features_say_what_the_texts_said(folder: Path) -> None:
     (summary,) = (folder / "runs").glob("*/summary.json")
     steps = {step["name"]: step for step in json.loads(summary.read_text())["steps"]}
     told = steps["sentiment"]["detail"]
-    assert told["scored"]["comments"]["rows"] == 200
+    assert told["scored"]["comments"]["rows"] == 840
+    (alarm,) = told["scored"]["comments"]["alarms"]
+    assert (alarm["by"], alarm["value"]) == ("product", "lamp")
+    assert alarm["reason"].startswith("mean fell from")
+    assert f"lamp: {alarm['reason']}" in " ".join(result.output.split())
     assert told["aliases"] == ["champion"]
     assert "Sentiment" in (summary.parent / "report.html").read_text()
 
@@ -102,12 +110,10 @@ def test_a_group_is_on_one_side(tmp_path: Path) -> None:
 def test_a_table_that_is_not_declared_is_refused(folder: Path) -> None:
     wrong = folder / "wrong.yaml"
     wrong.write_text(
-        (folder / "voices.yaml").read_text().replace("{comments: text}", "{coments: text}")
+        (folder / "voices.yaml").read_text().replace("    comments: {text", "    coments: {text")
     )
     with pytest.raises(ConfigError, match=r"sentiment.scores.coments: no such table.*'comments'"):
         load(wrong)
-    wrong.write_text(
-        (folder / "voices.yaml").read_text().replace("{comments: text}", "{comments: txt}")
-    )
+    wrong.write_text((folder / "voices.yaml").read_text().replace("{text: text", "{text: txt"))
     with pytest.raises(ConfigError, match=r"sentiment.scores.comments names column 'txt'.*'text'"):
         load(wrong)
