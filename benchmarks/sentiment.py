@@ -13,6 +13,8 @@ the layers and a token, attention not counted. Agreement is with the float32 lab
 torch, over all texts. `--million` labels 1,000,000 short texts, made by putting halves of the texts
 together, through the batch job, and tells its rate and its peak memory.
 
+Where torch sees a CUDA device, its texts a second and the share of the card's bf16 rate come too.
+
 Without --model, the training of this run gives it (with --skip-training, the last one's, in
 bench/sentiment-models/en).
 """
@@ -161,7 +163,50 @@ def matrix_rate() -> float:
     return 2 * MATRIX**3 / statistics.median(times)
 
 
+def operations(model: sentiment.Sentiment, tokens: Sequence[np.ndarray]) -> int:
+    """Of the matrix products of texts: 2 a weight of the layers and a token."""
+    weights = sum(
+        each.numel()
+        for name, each in model.module.encoder.named_parameters()
+        if each.ndim == 2 and "embed" not in name
+    )
+    return 2 * weights * sum(map(len, tokens))
+
+
 # --- the measures
+
+
+def on_card(folder: Path, count: int, repeats: int) -> dict[str, Any]:
+    """Texts a second on a GPU, and the share of the card's bf16 rate that their products reach."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"cuda": "skipped: torch sees no CUDA device"}
+    model = sentiment.load(folder)
+    tokens = model.tokenize(texts_of(count)[0])
+    engine = engines.cuda_engine(model)
+    a, b = (torch.randn(2 * MATRIX, 2 * MATRIX, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    engine.probabilities(tokens[: count // 10])
+    scoring, products = [], []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        found = engine.probabilities(tokens)
+        scoring.append(time.perf_counter() - began)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(20):
+            a @ b
+        torch.cuda.synchronize()
+        products.append((time.perf_counter() - began) / 20)
+    rate = 2 * (2 * MATRIX) ** 3 / statistics.median(products)
+    took = statistics.median(scoring)
+    reference = engines.torch_engine(model).probabilities(tokens)
+    return {
+        "cuda": torch.cuda.get_device_name(),
+        "cuda_texts_per_s": round(len(tokens) / took, 1),
+        "cuda_share_of_bf16_rate": round(operations(model, tokens) / took / rate, 4),
+        "cuda_agreement": round(engines.agreement(found, reference), 5),
+    }
 
 
 def throughput(folder: Path, count: int, repeats: int, cores: int) -> dict[str, Any]:
@@ -210,14 +255,8 @@ def throughput(folder: Path, count: int, repeats: int, cores: int) -> dict[str, 
         side.end()
     took = {name: statistics.median(each) for name, each in seconds.items()}
     per_s = {name: len(texts) / each for name, each in took.items()}
-    encoder = model.module.encoder
-    weights = sum(
-        each.numel()
-        for name, each in encoder.named_parameters()
-        if each.ndim == 2 and "embed" not in name
-    )
     rate = statistics.median(rates)
-    floor = 2 * weights * sum(map(len, tokens)) / rate
+    floor = operations(model, tokens) / rate
     agreed = {name: engines.agreement(each, reference[: len(each)]) for name, each in found.items()}
     ratios = [p / o for p, o in zip(seconds["pipeline fp32"], seconds["ours"], strict=True)]
     return {
@@ -335,6 +374,7 @@ def main() -> None:
     if not folder.exists():
         parser.error(f"no model in {folder}: run without --skip-training, or name one by --model")
     result |= throughput(folder, given.texts, given.repeats, cores)
+    result |= on_card(folder, given.texts, given.repeats)
     if given.million:
         result |= million(folder, given.million, cores)
     result |= {
