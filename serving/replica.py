@@ -24,6 +24,7 @@ from serving.online import StoreError, Stores
 from serving.schema import RowReader, smoke_rows
 from serving.settings import Rollout, Settings
 from serving.shadow import Shadow
+from serving.texts import TextModel
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 
@@ -72,6 +73,7 @@ class Models:
         # By model and what it was to become, champion or challenger: the version, and why not.
         self._refused: dict[tuple[str, str], tuple[int, str]] = {}
         self.shadow = Shadow()
+        self.texts = TextModel(self.registry, settings.refresh_s)
         self.stores = _stores(settings)
         # Why settings that were to be taken on weren't.
         self.not_applied: str | None = None
@@ -116,7 +118,7 @@ class Models:
             with self._one_at_a_time:
                 self.settings, self.registry = settings, other.registry
                 self.served, self.challengers = other.served, other.challengers
-                self.stores = other.stores
+                self.stores, self.texts = other.stores, other.texts
                 self._refused, self._names_of = other._refused, other._names_of
                 self._known, self._until_survey = other._known, other._until_survey
             return

@@ -14,7 +14,7 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 
 from models.explain import ExplainError
-from serving import arrow, customers, schema
+from serving import arrow, customers, schema, texts
 from serving.access import Denied
 from serving.audit import AuditError
 from serving.explaining import explanations
@@ -40,6 +40,8 @@ DEADLINE = b"x-deadline-ms"
 _ROWS = re.compile(r"/v1/models/([^/]+)/(score|explain)")
 _CUSTOMER_SCORE = re.compile(r"/v1/models/([^/]+)/customers/([^/]+)")
 _CUSTOMER = re.compile(r"/v1/customers/([^/]+)")
+# Of texts: to score, to explain.
+_TEXTS = {"/v1/sentiment": "score", "/v1/sentiment/explain": "explain"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,10 @@ def application(models: Models, gate: Gate) -> Callable[[Scope, Receive, Send], 
             gate.admit(asked, None if sent is None else sent.decode("latin-1"))
             async with asyncio.timeout(_time_left(headers)):
                 body = await _body(receive, models.settings.limits.body_bytes)
-                reply = await _answered(models, gate, asked, headers, body, customer)
+                if scope["path"] in _TEXTS:
+                    reply = await of_texts(models, asked.action or "", body)
+                else:
+                    reply = await _answered(models, gate, asked, headers, body, customer)
         except Denied as error:
             asked.who = error.who
             reply = _denial(error)
@@ -116,6 +121,8 @@ def _asked(scope: Scope) -> tuple[str | None, str | None, str | None]:
             return found[2], found[1], None
         if found := _CUSTOMER_SCORE.fullmatch(path):
             return "score", found[1], found[2]
+        if path in _TEXTS:
+            return _TEXTS[path], texts.MODEL, None
     if method == "GET" and path in ("/v1/models", "/metrics"):
         return path.rpartition("/")[2], None, None
     if method == "GET" and (found := _CUSTOMER.fullmatch(path)):
@@ -251,6 +258,26 @@ async def explain(models: Models, name: str, body: bytes | None) -> Reply:
         return refusal(error)
 
 
+async def of_texts(models: Models, action: str, body: bytes | None) -> Reply:
+    """The sentiment of a request's texts, or why it is so."""
+    limits = models.settings.limits
+    try:
+        most = limits.rows if action == "score" else limits.explained_rows
+        said = texts.parse(_within(body, limits), most=most)
+        held = await asyncio.to_thread(models.texts.find)
+        work, key = (
+            (texts.score, "results") if action == "score" else (texts.explain, "explanations")
+        )
+        found = await asyncio.to_thread(work, held, said)
+    except (schema.RequestError, texts.NoTextModel) as error:
+        return refusal(error)
+    version = held.card.version
+    return as_json(
+        {"model": texts.MODEL, "version": version, key: found},
+        told={"version": version, "rows": len(said)},
+    )
+
+
 async def customer_score(models: Models, name: str, customer: str, body: bytes | None) -> Reply:
     """A customer's score; `body` may bring new events and the moment that they lead up to."""
     try:
@@ -304,7 +331,7 @@ def _fastapi(models: Models, gate: Gate) -> FastAPI:
     app = FastAPI(title="Liftyard", summary="Scores of the registry's champions", version="1")
     rows = {"requestBody": schema.REQUEST_BODY}
 
-    # The next six are answered before FastAPI; here they are for its page.
+    # The next eight are answered before FastAPI; here they are for its page.
     @app.post("/v1/models/{name}/score", openapi_extra=rows)
     async def score_rows(name: str, request: Request) -> Response:
         """Scores rows: the probability of 1, one a row, in their order."""
@@ -324,6 +351,16 @@ def _fastapi(models: Models, gate: Gate) -> FastAPI:
         """Scores a customer by the latest features, or with new events as of a moment."""
         body = await request.body()
         return _response(await customer_score(models, models.name(name), id, body))
+
+    @app.post("/v1/sentiment", openapi_extra=texts.BODY)
+    async def score_texts(request: Request) -> Response:
+        """Labels texts: the likeliest class, a probability a class, sentiment from -1 to 1."""
+        return _response(await of_texts(models, "score", await request.body()))
+
+    @app.post("/v1/sentiment/explain", openapi_extra=texts.BODY)
+    async def explain_texts(request: Request) -> Response:
+        """Explains texts: what each token adds to the label (integrated gradients), and as HTML."""
+        return _response(await of_texts(models, "explain", await request.body()))
 
     @app.get("/v1/customers/{id}")
     async def customer(id: str) -> Response:
@@ -389,7 +426,7 @@ def refusal(error: Exception) -> Reply:
     match error:
         case schema.RequestError():
             return as_json(error.body(), status=error.status)
-        case UnknownModel():
+        case UnknownModel() | texts.NoTextModel():
             return problem(404, str(error))
         case RefusedModel():
             return problem(503, str(error))
