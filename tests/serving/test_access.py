@@ -43,7 +43,7 @@ def test_only_a_whole_unexpired_key_gets_in(tmp_path: Path) -> None:
     soon = add_key(keys, "old", "service", days=1e-9)
     access = Access(AccessFiles(keys=str(keys)))
     assert access.allow(f"bearer {key}", "score", "churn") == "crm"
-    forged = f"ly_old_{key.rpartition('_')[2]}"
+    forged = f"ly_old_{key.split('_', 2)[2]}"
     for bad in (None, "", key[:-1], key + "x", forged, "ly_none_x", "ly_crm_\ud800", soon):
         assert denied(access, bad, "score", "churn") == 401
     with pytest.raises(Denied, match="expired"):
@@ -65,7 +65,7 @@ def test_keys_are_hashed_rotated_and_revoked(tmp_path: Path) -> None:
     assert [denied(access, key, "score") for key in (first, second)] == [401, 401]
     assert access.allow(f"Bearer {third}", "score", "churn") == "crm"
     text = keys.read_text()
-    assert not any(key.rpartition("_")[2] in text for key in (first, second, third))
+    assert not any(key.split("_", 2)[2] in text for key in (first, second, third))
     revoke_key(keys, "crm")
     access.reload()
     assert denied(access, third, "score") == 401
