@@ -39,6 +39,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from cluster import ports
+
 NUMBERS, BATCH_ROWS, MODEL = 39, 1_000, "lapse_30d"
 CLIENTS = 64
 PEERS_VARIABLE = "LIFTYARD_PEER_ENVIRONMENTS"
@@ -304,13 +306,6 @@ def _say_ready() -> None:
     sys.stdin.read()
 
 
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def server(command: Sequence[str], port: int, folder: Path, *, says: bool = False) -> Iterator[int]:
     """A server's process, ended by its id; waits until it says ready, or takes connections."""
@@ -458,7 +453,7 @@ def run(seconds: float, rounds: int, peers: bool) -> dict[str, Any]:
         load = stack.enter_context(loader())
 
         turns: dict[str, list[Any]] = {}
-        port = free_port()
+        port = ports.free(1)[0]
         with server(own("ours", uri, port), port, folder, says=True):
             plans = {
                 f"ours_{CLIENTS}": (singles, expected, CLIENTS),
@@ -501,7 +496,7 @@ def _guarded(
 
     key = add_key(folder / "keys.json", "bench", "service")
     asked = [request(path, body, "json", key) for body in bodies]
-    port = free_port()
+    port = ports.free(1)[0]
     turns: tuple[list[Load], list[Load]] = ([], [])
     with server(own("guarded", uri, port), port, folder, says=True):
         for _ in range(rounds):
@@ -535,7 +530,8 @@ def _peers(
     plain = [json.dumps({"rows": [row]}).encode() for row in coded]
     records = [json.dumps({"dataframe_records": [row]}).encode() for row in frame.to_dicts()]
     scored = [request("/score", body, "json") for body in own_bodies]
-    port = {name: free_port() for name in ("default", "fastapi", "mlflow", "bentoml", "litserve")}
+    names = ("default", "fastapi", "mlflow", "bentoml", "litserve")
+    port = dict(zip(names, ports.free(len(names)), strict=True))
     client = Registry(uri)._client
     model = client.get_model_version(MODEL, "1").source
     commands: dict[str, tuple[list[str] | str, Sequence[bytes], Sequence[bytes] | None]] = {

@@ -143,7 +143,8 @@ def engine(groups: Iterable[Features], lease: dask_lease.Workers | None) -> str:
 def _pasts(declared: Features, events: pl.LazyFrame, cutoffs: list[dt.datetime]) -> dict[str, str]:
     """By cutoff, a fingerprint of the events that its rows and their labels are computed from."""
     horizon = max((each.horizon_days for each in declared.labels), default=0)
-    untils = [cutoff + dt.timedelta(days=horizon) for cutoff in sorted(cutoffs)]
+    ordered = sorted(cutoffs)
+    untils = [cutoff + dt.timedelta(days=horizon) for cutoff in ordered]
     schema = events.collect_schema()
     time = pl.col(declared.time).cast(pl.Datetime("us"))
     if getattr(schema[declared.time], "time_zone", None) is not None:
@@ -157,14 +158,12 @@ def _pasts(declared: Features, events: pl.LazyFrame, cutoffs: list[dt.datetime])
         .agg(pl.len().alias("rows"), pl.struct(schema.names()).hash(seed=7).sum().alias("hash"))
         .collect(engine="streaming")
     )
-    rows, hashes = (
-        dict(zip(seen["first"], seen["rows"], strict=True)),
-        dict(zip(seen["first"], seen["hash"], strict=True)),
-    )
-    found, count, sum_ = {}, 0, 0
-    for place, cutoff in enumerate(sorted(cutoffs)):
-        count, sum_ = count + rows.get(place, 0), (sum_ + hashes.get(place, 0)) % (1 << 64)
-        found[cutoff.isoformat()] = f"{count} {sum_:016x}"
+    new = {first: (rows, hashed) for first, rows, hashed in seen.iter_rows()}
+    found, count, total = {}, 0, 0
+    for place, cutoff in enumerate(ordered):
+        rows, hashed = new.get(place, (0, 0))
+        count, total = count + rows, (total + hashed) % (1 << 64)
+        found[cutoff.isoformat()] = f"{count} {total:016x}"
     return found
 
 

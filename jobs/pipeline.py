@@ -23,7 +23,7 @@ from cluster import dask_lease, ports, session, storage
 from cluster.device import Device
 from cluster.environment import Environment
 from jobs import progress, report, sweep, training_set
-from jobs.config import Pipeline, Sweep
+from jobs.config import Pipeline, Scores, Sweep
 from jobs.features import build
 from jobs.ingest import ingest
 from jobs.register import register
@@ -232,30 +232,11 @@ class _Work:
                 on_start=on_start,
                 on_done=on_done,
             )
-        alarms = []
-        if scores.time is not None:
-            rows = storage.scan(self.tables, f"{table}_sentiment")
-            told = rows.select({*scores.by, scores.time, "sentiment"}).collect()
-            last = told[scores.time].cast(pl.Datetime("us")).max()
-            for by in scores.by if isinstance(last, datetime) else []:
-                assert isinstance(last, datetime)
-                found = shift.alarms(
-                    told.with_columns(pl.col(scores.time).cast(pl.Datetime("us"))),
-                    entity=by,
-                    time=scores.time,
-                    value="sentiment",
-                    at=last + timedelta(microseconds=1),
-                )
-                hit = found.filter("alarm")
-                alarms += [
-                    {"by": by, "value": str(value), "reason": reason}
-                    for value, reason in hit.select(by, "reason").iter_rows()
-                ]
         return {
             "rows": done.rows,
             "engine": done.engine.reason,
             "outcomes": dict(done.outcomes),
-            "alarms": alarms,
+            "alarms": _shifts(storage.scan(self.tables, f"{table}_sentiment"), scores),
         }
 
     def features(self) -> Step:
@@ -456,6 +437,31 @@ class _Work:
 
 def _used(split: dict[str, int]) -> list[int]:
     return [rows for part, rows in split.items() if part not in ("purged", "unknown")]
+
+
+def _shifts(scored: pl.LazyFrame, declared: Scores) -> list[dict[str, str]]:
+    """Where sentiment has shifted in the week before a table's last row."""
+    if declared.time is None:
+        return []
+    time = pl.col(declared.time).cast(pl.Datetime("us"))
+    told = scored.select({*declared.by, declared.time, "sentiment"}).with_columns(time).collect()
+    last = told[declared.time].max()
+    if not isinstance(last, datetime):
+        return []
+    found = []
+    for by in declared.by:
+        judged = shift.alarms(
+            told,
+            entity=by,
+            time=declared.time,
+            value="sentiment",
+            at=last + timedelta(microseconds=1),
+        )
+        found += [
+            {"by": by, "value": str(value), "reason": reason}
+            for value, reason in judged.filter("alarm").select(by, "reason").iter_rows()
+        ]
+    return found
 
 
 def _halving(declared: Sweep) -> sweep.Halving | None:

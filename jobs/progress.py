@@ -11,6 +11,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jobs.sweep import Outcome
 
 
+def bars(console: Console) -> Progress:
+    """Bars with description, count and time, and beside each what its field `said` says."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[said]}"),
+        console=console,
+    )
+
+
 class SweepView:
     """Takes outcomes as they come; made by `sweep`."""
 
@@ -60,12 +72,5 @@ def sweep(target: str, families: Sequence[str], console: Console) -> Iterator[Sw
         families: The family of each variant that will be tried.
         console: Where; without a terminal only the last state is printed.
     """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[said]}"),
-    )
-    with Progress(*columns, console=console) as bars:
-        yield SweepView(target, families, bars)
+    with bars(console) as shown:
+        yield SweepView(target, families, shown)

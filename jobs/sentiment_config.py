@@ -5,11 +5,9 @@ Knows nothing of how it runs (`jobs/sentiment.py`).
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.sentiment import LABELS
 from models.sentiment_schedule import Settings
@@ -17,10 +15,6 @@ from models.sentiment_schedule import Settings
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SentimentConfigError(ValueError):
-    """A sentiment training's file says something that isn't allowed; the message names it."""
 
 
 class Texts(_Model):
@@ -76,20 +70,20 @@ class SentimentTraining(_Model):
     valid_share: float = Field(default=0.1, gt=0, lt=0.9)
     seed: int = Field(default=0, ge=0)
 
-    epochs: float = Field(default=2.0, gt=0)
-    batch: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=1.0e-4, gt=0)
-    layer_decay: float = Field(default=0.9, gt=0, le=1)
-    warm_up: float = Field(default=0.06, ge=0, lt=1)
-    weight_decay: float = Field(default=0.01, ge=0)
-    smoothing: float = Field(default=0.05, ge=0, lt=1)
-    class_weights: bool = True
-    freeze_words: bool = True
-    precision: Literal["bf16", "fp32"] = "bf16"
-    checks: int = Field(default=2, ge=1)
-    choose_by: Literal["macro_recall", "macro_f1"] = "macro_f1"
-    patience: int | None = Field(default=None, ge=1)
-    checkpoint_steps: int = Field(default=200, ge=1)
+    epochs: float = Field(default=Settings.epochs, gt=0)
+    batch: int = Field(default=Settings.batch, ge=1)
+    learning_rate: float = Field(default=Settings.learning_rate, gt=0)
+    layer_decay: float = Field(default=Settings.layer_decay, gt=0, le=1)
+    warm_up: float = Field(default=Settings.warm_up, ge=0, lt=1)
+    weight_decay: float = Field(default=Settings.weight_decay, ge=0)
+    smoothing: float = Field(default=Settings.smoothing, ge=0, lt=1)
+    class_weights: bool = Settings.class_weights
+    freeze_words: bool = Settings.freeze_words
+    precision: Literal["bf16", "fp32"] = Settings.precision
+    checks: int = Field(default=Settings.checks, ge=1)
+    choose_by: Literal["macro_recall", "macro_f1"] = Settings.choose_by
+    patience: int | None = Field(default=Settings.patience, ge=1)
+    checkpoint_steps: int = Field(default=Settings.checkpoint_steps, ge=1)
 
     workers: int = Field(default=1, ge=1)
     cpus: int = Field(default=1, ge=1)
@@ -116,26 +110,3 @@ class SentimentTraining(_Model):
         """How to fine-tune, with `other` in place of what this says."""
         said = {name: getattr(self, name) for name in vars(Settings())}
         return Settings(**{**said, **other})
-
-
-def load(path: Path) -> SentimentTraining:
-    """Reads a training's YAML file.
-
-    Raises:
-        SentimentConfigError: It can't be read, isn't YAML, or says what isn't allowed.
-    """
-    try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SentimentConfigError(f"{path}: can't be read ({error}); name a YAML file") from error
-    try:
-        return SentimentTraining.model_validate(said)
-    except ValidationError as error:
-        lines = []
-        for each in error.errors():
-            where = ".".join(map(str, each["loc"])) or "the file"
-            allowed = ""
-            if each["type"] == "extra_forbidden" and len(each["loc"]) == 1:
-                allowed = f"; allowed: {', '.join(SentimentTraining.model_fields)}"
-            lines.append(f"{path}: {where}: {each['msg']}, got {each['input']!r}{allowed}")
-        raise SentimentConfigError("\n".join(lines)) from error

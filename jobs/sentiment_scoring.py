@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster import storage
 from cluster.files import replace_text
+from jobs import progress
 from models.naming import suggestion
 from models.sentiment import Sentiment, load
 from models.sentiment_engines import (
@@ -190,14 +190,7 @@ def shown(
     console: Console,
 ) -> Iterator[tuple[Callable[[int, Chosen], None], Callable[[int], None]]]:
     """A live bar with texts a second and time left: `on_start` and `on_done` of `score_file`."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[said]}"),
-    )
-    with Progress(*columns, console=console) as bars:
+    with progress.bars(console) as bars:
         bar = bars.add_task("getting ready", total=None, said="")
         state = {"rows": 0, "done": 0, "counted": 0, "began": time.monotonic()}
 

@@ -22,10 +22,9 @@ from typing import Any
 
 import polars as pl
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.files import replace_text
-from jobs import sweep
+from jobs import progress, sweep
 from jobs.sentiment_config import SentimentTraining, Texts
 from jobs.sweep_board import Listed, Outcome
 from models import sentiment
@@ -416,14 +415,7 @@ def train_variants(pack: Sequence[Variant], data: Any, **how: Any) -> list[Outco
 
 @contextmanager
 def _shown(title: str, console: Console) -> Iterator[Callable[[Step], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[said]}"),
-    )
-    with Progress(*columns, console=console) as bars:
+    with progress.bars(console) as bars:
         bar = bars.add_task(title, total=None, said="starting workers")
 
         def show(step: Step) -> None:

@@ -384,15 +384,16 @@ class Registry:
     @_mlflow_errors_as_oserror
     def champion(self, name: str) -> Card | None:
         """The champion, or None where none was promoted yet or no such model is registered."""
-        model = self._found(name)
-        version = None if model is None else _at(model, "champion")
-        return None if version is None else self._card(name, version)
+        return self._aliased(name, "champion")
 
     @_mlflow_errors_as_oserror
     def challenger(self, name: str) -> Card | None:
         """The challenger, or None where there is none or no such model is registered."""
+        return self._aliased(name, "challenger")
+
+    def _aliased(self, name: str, alias: str) -> Card | None:
         model = self._found(name)
-        version = None if model is None else _at(model, "challenger")
+        version = None if model is None else _at(model, alias)
         return None if version is None else self._card(name, version)
 
     @_mlflow_errors_as_oserror

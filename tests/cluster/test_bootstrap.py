@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from cluster import bootstrap, local, session
+from cluster import bootstrap, local, ports, session
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLD = {
@@ -28,12 +28,6 @@ TOLD = {
     "LIFTYARD_DASK_PORT": "8786",
     "LIFTYARD_STATE_DIR": "/var/lib/liftyard",
 }
-
-
-def _free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
 
 
 class Metadata(BaseHTTPRequestHandler):
@@ -97,7 +91,7 @@ def test_waits_for_secrets_then_for_the_head(tmp_path: Path) -> None:
     told = {
         **TOLD,
         "LIFTYARD_HEAD_HOST": "127.0.0.1",
-        "LIFTYARD_RAY_PORT": str(_free_port()),
+        "LIFTYARD_RAY_PORT": str(ports.free(1)[0]),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
     }
@@ -140,8 +134,8 @@ def test_nodes_join_say_how_they_are_and_leave_on_a_notice(
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     session.authenticate(make=True)
-    port = str(_free_port())
-    dashboard = str(_free_port())
+    port = str(ports.free(1)[0])
+    dashboard = str(ports.free(1)[0])
 
     def boot(role: str, address: str, **more: str) -> subprocess.Popen[bytes]:
         told = {

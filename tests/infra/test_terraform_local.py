@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import psutil
 import pytest
 from distributed import Client
 
-from cluster import environment, local, supervisor
+from cluster import environment, local, ports, supervisor
 from jobs import queue
 from jobs.queue import Spec
 
@@ -27,16 +26,6 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("terraform") is None, reason="terraform isn't on PATH"),
     pytest.mark.skipif(sys.platform != "linux", reason="nodes need loopback addresses"),
 ]
-
-
-def _free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    for each in held:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in held]
-    for each in held:
-        each.close()
-    return ports
 
 
 class Terraform:
@@ -49,7 +38,7 @@ class Terraform:
             "python": sys.executable,
             "home": str(self.home),
             "token_path": str(folder / "token"),
-            "ports": json.dumps(dict(zip(names, _free_ports(5), strict=True))),
+            "ports": json.dumps(dict(zip(names, ports.free(5), strict=True))),
             "workers": "1",
         }
 

@@ -17,7 +17,8 @@ import torch
 from cluster import session
 from jobs import sentiment as job
 from jobs import sentiment_training as training
-from jobs.sentiment_config import SentimentConfigError, SentimentTraining, load
+from jobs.pipeline_file import ConfigError, read
+from jobs.sentiment_config import SentimentTraining
 from models import sentiment
 from models.registry import Registry
 from models.sentiment_training import fit
@@ -186,14 +187,14 @@ def test_equal_texts_are_in_one_part_and_odd_ones_left_out(tmp_path: Path) -> No
 def test_a_file_that_says_what_is_not_allowed(tmp_path: Path) -> None:
     path = tmp_path / "sentiment.yaml"
     path.write_text("texts: [{path: a.csv}]\nepoch: 2\nworkers: 0\n")
-    with pytest.raises(SentimentConfigError, match=r"epoch: .*allowed: name, texts"):
-        load(path)
+    with pytest.raises(ConfigError, match=r"epoch: .*allowed: name, texts"):
+        read(path, SentimentTraining)
     path.write_text("texts: [{path: a.csv}]\nmode: head\nworkers: 2\n")
-    with pytest.raises(SentimentConfigError, match="mode head takes one"):
-        load(path)
+    with pytest.raises(ConfigError, match="mode head takes one"):
+        read(path, SentimentTraining)
     path.write_text("texts: [{path: a.csv}]\nepochs: 2\n")
-    assert load(path).settings(smoothing=0.1).epochs == 2.0
-    assert load(path).settings(smoothing=0.1).smoothing == 0.1
+    assert read(path, SentimentTraining).settings(smoothing=0.1).epochs == 2.0
+    assert read(path, SentimentTraining).settings(smoothing=0.1).smoothing == 0.1
 
 
 def test_the_packaged_comments_are_what_they_say() -> None:

@@ -4,18 +4,11 @@ import re
 from pathlib import Path
 
 import httpx
-import numpy as np
-import polars as pl
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app as liftyard
 from jobs.serve_cli import app
-from models.encoding import Encoder
-from models.families import FAMILIES, TrainingData
-from models.registry import Registry
-from models.scoring import Scorer
-
-FRAME = pl.DataFrame({"spend": [1.5, None, -3.0, 8.0] * 20})
+from tests.serving import lapse
 
 
 def said(result: Result) -> str:
@@ -64,25 +57,7 @@ def test_a_faulty_file_is_told_by_its_line(tmp_path: Path) -> None:
 
 def test_serve_applies_a_file_and_what_changed_of_it(tmp_path: Path) -> None:
     home = ("--home", str(tmp_path))
-    encoder = Encoder.fit(FRAME, FRAME.columns)
-    x = encoder.transform(FRAME)
-    y = (np.arange(len(x)) % 4 == 3).astype(np.int8)
-    data = TrainingData(x_train=x, y_train=y, x_valid=x, y_valid=y)
-    (fitted,) = FAMILIES["boosting"]([{"family": "boosting", "rounds": 3}], data)
-    registry = Registry(f"sqlite:///{tmp_path}/mlflow.db")
-    registry.register(
-        "lapse",
-        Scorer(encoder=encoder, predict=fitted.predict),
-        example=FRAME[:2],
-        family="boosting",
-        variant={},
-        features=[{"name": "spend", "kind": "number", "description": "", "unit": ""}],
-        metrics={},
-        data_version="training/test@1",
-        seed=1,
-        git_revision="0" * 40,
-    )
-    registry.promote("lapse", 1)
+    lapse.champion(tmp_path)
     file = tmp_path / "serve.yaml"
     text = "cpus: 0.5\naccess: {keys: keys.json, audit: audit.jsonl}\nmodels: {lapse: }\n"
     file.write_text(text)

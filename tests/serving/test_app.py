@@ -17,7 +17,7 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from cluster import session
+from cluster import ports, session
 from models.encoding import Encoder
 from models.families import FAMILIES, TrainingData
 from models.registry import Card, Registry
@@ -109,12 +109,6 @@ def register(registry: Registry, name: str, scorer: Scorer, family: str) -> Card
     )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def haproxies() -> list[psutil.Process]:
     return [
         child for child in psutil.Process().children(recursive=True) if "haproxy" in name(child)
@@ -155,7 +149,7 @@ def ground(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         register(registry, family, trained(family, **variant), family)
         registry.promote(family, 1)
     register(registry, "unpromoted", trained("forest", trees=3, depth=2), "forest")
-    url = app.serve(uri, port=free_port(), limits=LIMITS, refresh_s=0.2)
+    url = app.serve(uri, port=ports.free(1)[0], limits=LIMITS, refresh_s=0.2)
     try:
         yield Ground(url=url, uri=uri)
     finally:
@@ -168,7 +162,7 @@ def ground(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def test_without_ray_it_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(app.ServingError, match=r"session\.connect"):
-        app.serve(f"sqlite:///{tmp_path}/none.db", port=free_port())
+        app.serve(f"sqlite:///{tmp_path}/none.db", port=ports.free(1)[0])
 
 
 # What doesn't start, before `ground` starts what does.
@@ -176,10 +170,10 @@ def test_what_can_not_be_served_is_told_and_leaves_nothing(cluster: None, tmp_pa
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     registry = Registry(uri)
     with pytest.raises(app.ServingError, match="nothing to serve"):
-        app.serve(uri, port=free_port())
+        app.serve(uri, port=ports.free(1)[0])
     register(registry, "bad", Scorer(encoder=ENCODER, predict=bad_predict), "boosting")
     with pytest.raises(app.ServingError, match=r"\['bad'\] have no champion"):
-        app.serve(uri, port=free_port(), models=["bad"])
+        app.serve(uri, port=ports.free(1)[0], models=["bad"])
     with pytest.raises(app.ServingError, match=r"10\.1\.2\.3:80"):
         app.serve(uri, host="10.1.2.3", port=80)
     with socket.socket() as holder:
@@ -189,7 +183,7 @@ def test_what_can_not_be_served_is_told_and_leaves_nothing(cluster: None, tmp_pa
         with pytest.raises(app.ServingError, match=rf"127.0.0.1:{taken}.*another port"):
             app.serve(uri, port=taken)
     registry.promote("bad", 1)
-    port = free_port()
+    port = ports.free(1)[0]
     with pytest.raises(app.ServingError, match="smoke test"):
         app.serve(uri, port=port)
     with pytest.raises(httpx.ConnectError):
@@ -428,7 +422,7 @@ def test_a_model_promoted_later_is_served_too(ground: Ground) -> None:
 def test_serve_again_finds_what_runs_or_says_that_it_differs(ground: Ground) -> None:
     port = int(ground.url.rpartition(":")[2])
     assert app.serve(ground.uri, port=port, limits=LIMITS, refresh_s=0.2) == ground.url
-    for other in ({"port": free_port()}, {"port": port, "models": ["boosting"]}):
+    for other in ({"port": ports.free(1)[0]}, {"port": port, "models": ["boosting"]}):
         with pytest.raises(app.ServingError, match="already runs"):
             app.serve(ground.uri, limits=LIMITS, refresh_s=0.2, **other)
     assert httpx.get(f"{ground.url}/healthz").status_code == 200
