@@ -26,7 +26,7 @@ check: setup ## Lint, format, types, import contracts
 	$(BIN)/lint-imports
 
 test: check ## Check, then run the tests
-	$(BIN)/python -m pytest --ignore=tests/multihost
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/multihost
 
 multihost: setup ## Run the tests over hosts made of network namespaces (as root)
 	$(BIN)/python -m pytest --timeout=900 tests/multihost

@@ -12,7 +12,8 @@ from cluster.device import DeviceError
 from jobs.sweep import SweepError
 
 console = Console()
-errors = Console(stderr=True)
+# Not wrapped, so that a path or an address can be copied.
+errors = Console(stderr=True, soft_wrap=True)
 
 HOME, RUNS = Path(".liftyard"), Path("runs")
 
