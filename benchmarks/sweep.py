@@ -94,9 +94,8 @@ def drawn(boosting: int = 0, forests: int = 0, networks: int = 0) -> list[Varian
         families["forest"] = {"packs": forests // 6, "pack_size": 6, "settings": settings}
     if networks:
         settings = {
-            # Packed and alone, deeper ones were seen up to 4e-4 AUC apart.
             "width": [16, 32],
-            "depth": 1,
+            "depth": [1, 2],
             "epochs": 4,
             "batch_rows": 64,
             "learning_rate": {"min": 0.0003, "max": 0.002, "log": True},

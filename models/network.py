@@ -98,6 +98,7 @@ def _train(
 
     shape = settings[0]
     sizes = [x.shape[1], *[shape["width"]] * shape["depth"], 1]
+    last = _last_product() if accelerator == "cpu" else torch.bmm
 
     class Pack(pytorch_lightning.LightningModule):
         def __init__(self) -> None:
@@ -115,20 +116,27 @@ def _train(
         def forward(self, x_bi: Any) -> Any:
             h_kbi = x_bi.expand(len(settings), -1, -1)
             for at, (w_kio, b_k1o) in enumerate(zip(self.weights, self.biases, strict=True)):
-                h_kbi = torch.baddbmm(b_k1o, h_kbi if at == 0 else torch.relu(h_kbi), w_kio)
-            return h_kbi[:, :, 0]
+                if at > 0:
+                    h_kbi = torch.relu(h_kbi)
+                if at == len(sizes) - 2:
+                    return (last(h_kbi, w_kio) + b_k1o)[:, :, 0]
+                h_kbi = torch.baddbmm(b_k1o, h_kbi, w_kio)
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             x_bi, y_b = batch
             logits_kb = self(x_bi)
-            losses_kb = torch.nn.functional.binary_cross_entropy_with_logits(
-                logits_kb,
-                y_b.expand_as(logits_kb),
-                reduction="none",
-                pos_weight=torch.tensor(float(shape["positive_weight"]), device=y_b.device),
-            )
             # Mean over rows, sum over networks: each one's gradient is that of its own loss.
-            return losses_kb.mean(dim=1).sum()
+            if len(y_b) == shape["batch_rows"]:
+                return self._loss(logits_kb, y_b.expand_as(logits_kb), "none").mean(dim=1).sum()
+            # An epoch's last rows one network at a time: where rows don't fill a processor's
+            # vectors, the bits of a sigmoid depend on what lies beside it.
+            return sum(self._loss(logits_b, y_b) for logits_b in logits_kb)
+
+        def _loss(self, logits: Any, y: Any, reduction: str = "mean") -> Any:
+            weight = torch.tensor(float(shape["positive_weight"]), device=y.device)
+            return torch.nn.functional.binary_cross_entropy_with_logits(
+                logits, y, pos_weight=weight, reduction=reduction
+            )
 
         def configure_optimizers(self) -> Any:
             return _stacked_adamw(
@@ -213,6 +221,32 @@ class _Batches:
             yield self._x[chosen], self._y[chosen]
 
 
+def _last_product() -> Any:
+    """Products of (K, B, I) with (K, I, 1) that add up as `torch.nn.Linear` with one output does.
+
+    A batched product adds in another order there, and nowhere else: with this one, packed networks
+    on a CPU have the bits of ones that are trained alone.
+    """
+    import torch
+
+    class Last(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h_kbi: Any, w_ki1: Any) -> Any:
+            ctx.save_for_backward(h_kbi, w_ki1)
+            out_kb = h_kbi.new_empty(h_kbi.shape[:2])
+            for h_bi, w_i, out_b in zip(h_kbi, w_ki1[:, :, 0], out_kb, strict=True):
+                torch.mv(h_bi, w_i, out=out_b)
+            return out_kb.unsqueeze(2)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            h_kbi, w_ki1 = ctx.saved_tensors
+            (g_kb1,) = gradients
+            return torch.bmm(g_kb1, w_ki1.mT), torch.bmm(h_kbi.mT, g_kb1)
+
+    return Last.apply
+
+
 def _stacked_adamw(
     parameters: list[Any], learning_rates: Sequence[float], weight_decays: Sequence[float]
 ) -> Any:
@@ -224,28 +258,34 @@ def _stacked_adamw(
     class StackedAdamW(torch.optim.Optimizer):
         def __init__(self) -> None:
             super().__init__(parameters, {})
-            device = parameters[0].device
-            self._rate_k11 = torch.tensor(learning_rates, device=device).view(-1, 1, 1)
-            decay_k11 = torch.tensor(weight_decays, device=device).view(-1, 1, 1)
-            self._keep_k11 = 1 - self._rate_k11 * decay_k11
+            self._steps = 0
+            self._rates = np.array(learning_rates)
+            self._keep_k11 = self._column(1 - self._rates * np.array(weight_decays))
+
+        def _column(self, values_k: np.ndarray) -> Any:
+            # Rounded once, from float64, as a lone optimizer's numbers are.
+            first = parameters[0]
+            return torch.tensor(values_k, dtype=first.dtype, device=first.device).view(-1, 1, 1)
 
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
             with torch.enable_grad():
                 loss = closure() if closure is not None else None
+            self._steps += 1
+            step_k11 = self._column(-self._rates / (1 - beta1**self._steps))
+            unbias = (1 - beta2**self._steps) ** 0.5
             for parameter in self.param_groups[0]["params"]:
                 state = self.state[parameter]
                 if not state:
-                    state["steps"] = 0
                     state["mean"] = torch.zeros_like(parameter)
                     state["square"] = torch.zeros_like(parameter)
-                state["steps"] += 1
                 gradient = parameter.grad
+                # Operation by operation what torch.optim.AdamW does, so that the bits are its.
+                parameter.mul_(self._keep_k11)
                 state["mean"].lerp_(gradient, 1 - beta1)
                 state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                scale = state["square"].sqrt() / (1 - beta2 ** state["steps"]) ** 0.5 + eps
-                mean = state["mean"] / (1 - beta1 ** state["steps"])
-                parameter.mul_(self._keep_k11).sub_(self._rate_k11 * mean / scale)
+                scale = state["square"].sqrt().div_(unbias).add_(eps)
+                parameter.add_((step_k11 * state["mean"]).div_(scale))
             return loss
 
     return StackedAdamW()
