@@ -67,13 +67,18 @@ class Rules(_Model):
 
 
 class Table(_Model):
-    """One table: its source, its columns and the rules its rows must hold."""
+    """One table: its source, its columns and the rules its rows must hold.
+
+    `mask` names string columns in which user names, e-mails, phone numbers and web addresses are
+    masked before anything is stored.
+    """
 
     source: Source
     format: Literal["parquet", "csv"] | None = None
     separator: str = Field(default=",", min_length=1, max_length=1)
     columns: dict[str, Dtype] = Field(min_length=1)
     entity: str | None = None
+    mask: list[str] = []
     rules: Rules = Rules()
     max_quarantine_share: float = Field(default=0.01, ge=0, le=1)
 
@@ -89,6 +94,7 @@ class Table(_Model):
     def _names_exist(self) -> Table:
         rules = self.rules
         named = [("entity", self.entity)] if self.entity is not None else []
+        named += [("mask", c) for c in self.mask]
         named += [("rules.nullable", c) for c in rules.nullable]
         named += [("rules.unique", c) for columns in rules.unique for c in columns]
         for rule in ("ranges", "allowed", "foreign_keys"):
@@ -101,6 +107,12 @@ class Table(_Model):
                 raise ValueError(
                     f"{where} names column {column!r}; declared: {', '.join(names)}"
                     f"{suggestion(column, names)}"
+                )
+        for column in self.mask:
+            if self.columns[column] != "string":
+                raise ValueError(
+                    f"mask names column {column!r}, which is {self.columns[column]}; "
+                    "only string columns are masked"
                 )
         return self
 

@@ -20,6 +20,7 @@ from cluster import frames, storage
 from cluster.device import Device, choose
 from jobs.config import Table
 from models.naming import suggestion
+from models.text import HYGIENE, masked
 
 # URLs that Polars reads itself, lazily.
 _POLARS_READS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "file")
@@ -105,7 +106,8 @@ def ingest(
     """
     files = _files(name, table, base)
     prints = {file: _fingerprint(file) for file in files}
-    declared = storage.digest(table.model_dump_json())
+    # Where masking's rules have changed, what they masked is made anew.
+    declared = storage.digest(table.model_dump_json(), *([HYGIENE] if table.mask else []))
     onto = storage.latest(root, name)
     before = {} if onto is None else storage.metadata(root, name, onto)
     known: dict[str, list[int | str]] = json.loads(before.get("files", "{}"))
@@ -248,7 +250,7 @@ def _normalised(
         if schema[column].is_float():
             raw = raw.fill_nan(None)
         value = _cast(raw, schema[column], dtype)
-        values.append(value.alias(column))
+        values.append((masked(value) if column in table.mask else value).alias(column))
         if schema[column] != DTYPES[dtype]:
             text = raw.cast(pl.String).str.replace_all("\n", " ", literal=True)
             said = pl.format(

@@ -73,6 +73,9 @@ def score(
     ] = 0.998,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     workers: Annotated[int | None, typer.Option(min=1, help="Default: the CPUs free.")] = None,
+    mask: Annotated[
+        bool, typer.Option("--mask", help="Write the texts masked, not as they came.")
+    ] = False,
     env: Env = None,
     home: Home = HOME,
 ) -> None:
@@ -99,6 +102,7 @@ def score(
                 at_least=agreement,
                 device=kind,
                 workers=workers,
+                mask=mask,
                 on_start=on_start,
                 on_done=on_done,
             )

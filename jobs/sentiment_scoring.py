@@ -12,47 +12,38 @@ import json
 import os
 import secrets
 import shutil
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 from rich.console import Console
 
 from cluster import storage
 from cluster.files import replace_text
 from jobs import progress
+from jobs.sentiment_actors import Actor, SentimentScoringError, added, pool, scored
 from models.naming import suggestion
 from models.sentiment import Sentiment, load
 from models.sentiment_engines import (
     Chosen,
-    Engine,
     Recipe,
     agreement,
-    cuda_engine,
-    distinct,
     recipe,
     torch_engine,
 )
-from models.text import clean
+from models.text import clean, masked
 
 BATCH_ROWS = 4_096
 SAMPLE_TEXTS = 1_800
 # Calibrating takes about as long as int8 saves on so many.
 FEW_TEXTS = 10_000
-# Texts that an actor remembers: comments such as "thank you" come again and again.
-_REMEMBERED = 50_000
+# Of a table's output in a file; what the driver holds at its end.
+_STAGED_ROWS = 250_000
 _FILES = (".csv", ".parquet")
-
-
-class SentimentScoringError(ValueError):
-    """Texts can't be scored as asked; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +70,7 @@ class _Source:
     frame: pl.LazyFrame
     rows: int
     identity: str
+    partitions: str | None
 
 
 def score_file(
@@ -94,6 +86,7 @@ def score_file(
     device: str = "cpu",
     workers: int | None = None,
     batch_rows: int = BATCH_ROWS,
+    mask: bool = False,
     cache: Path | None = None,
     on_start: Callable[[int, Chosen], None] = lambda rows, chosen: None,
     on_done: Callable[[int], None] = lambda rows: None,
@@ -116,6 +109,7 @@ def score_file(
         device: "cpu", or "cuda" for bf16 on a GPU an actor.
         workers: Actors; None takes the CPUs (GPUs) that are free.
         batch_rows: Rows in a batch; what a killed actor repeats.
+        mask: Whether the texts are written masked (`models.text`), and not as they came.
         cache: Of converted models; None for the user's.
         on_start: Told the rows and the engine.
         on_done: Told the rows of each finished batch.
@@ -130,13 +124,13 @@ def score_file(
     source = _open(file, storage_root)
     sentiment = load(model)
     columns = list(source.frame.collect_schema())
-    added = list(_nothing(sentiment.labels))
+    new = list(added(sentiment.labels))
     if text_column not in columns:
         raise SentimentScoringError(
             f"{file} has no column {text_column!r}: there are {', '.join(columns)}"
             f"{suggestion(text_column, columns)}"
         )
-    if taken := [name for name in added if name in columns]:
+    if taken := [name for name in new if name in columns]:
         raise SentimentScoringError(
             f"{file} already has columns {taken}, which are to be written: rename them"
         )
@@ -152,6 +146,7 @@ def score_file(
         "model": _digest_of(model),
         "engine": f"{engine} {at_least} {device}",
         "batch_rows": batch_rows,
+        "mask": mask,
     }
     _begin(parts, said)
     on_start(source.rows, chosen)
@@ -165,20 +160,26 @@ def score_file(
         for number, rows in enumerate(_batches(source.frame, batch_rows))
         if number not in done
     )
-    with _pool(packed, sentiment, device, workers) as actors:
+    with pool(packed, sentiment, device, workers) as actors:
         if device == "cuda" and sample:
             chosen = _gated(actors[0], sentiment, sample, at_least, chosen)
-        for number, rows, found in _scored(left, text_column, actors):
+        for number, rows, found in scored(left, text_column, actors):
+            if mask:
+                rows = rows.with_columns(masked(pl.col(text_column).cast(pl.String, strict=False)))
             _commit(parts, number, rows.hstack(found))
             on_done(rows.height)
     seconds = time.monotonic() - began
     numbers = range(max(1, -(-source.rows // batch_rows)))
     if source.rows == 0:
         empty = source.frame.head(0).collect()
-        _commit(parts, 0, empty.hstack(pl.DataFrame(schema=_nothing(sentiment.labels))))
+        _commit(parts, 0, empty.hstack(pl.DataFrame(schema=added(sentiment.labels))))
     every = pl.scan_parquet([_part(parts, number) for number in numbers])
     outcomes = dict(every.group_by("outcome").len().collect(engine="streaming").iter_rows())
-    _publish(every, out, storage_root, {"sentiment_engine": chosen.reason, "source": file})
+    if _is_table(out):
+        metadata = {"sentiment_engine": chosen.reason, "source": file}
+        _publish_table(every, out, storage_root, source.partitions, metadata)
+    else:
+        _publish_file(every, Path(out))
     shutil.rmtree(parts)
     return Scored(
         rows=source.rows, resumed=resumed, seconds=seconds, engine=chosen, outcomes=outcomes
@@ -226,12 +227,14 @@ def _open(file: str, root: str) -> _Source:
         version = storage.version(root, file)
         frame = storage.scan(root, file, version)
         identity = f"{root}/{file}@{version}"
+        partitions = storage.metadata(root, file, version).get("partitions")
     else:
         path = Path(file)
         if not path.is_file():
             raise SentimentScoringError(f"no file {file}")
         about = path.stat()
         identity = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
+        partitions = "1"
         frame = (
             pl.scan_parquet(path)
             if path.suffix == ".parquet"
@@ -243,7 +246,7 @@ def _open(file: str, root: str) -> _Source:
         raise SentimentScoringError(f"{file} is empty: it has no header") from None
     except (OSError, pl.exceptions.PolarsError) as error:
         raise SentimentScoringError(f"{file}: can't be read: {error}") from error
-    return _Source(frame=frame, rows=rows, identity=identity)
+    return _Source(frame=frame, rows=rows, identity=identity, partitions=partitions)
 
 
 def _sample(source: _Source, text_column: str) -> list[str]:
@@ -273,15 +276,6 @@ def _batches(frame: pl.LazyFrame, rows: int) -> Iterator[pl.DataFrame]:
         yield pl.concat(held)
 
 
-def _nothing(labels: Sequence[str]) -> dict[str, Any]:
-    """The columns that are added, and their types."""
-    types: dict[str, Any] = {"label": pl.String, "score": pl.Float32}
-    types |= {f"p_{label}": pl.Float32 for label in labels}
-    if {"negative", "positive"} <= set(labels):
-        types["sentiment"] = pl.Float32
-    return types | {"outcome": pl.String}
-
-
 # --- the engine
 
 
@@ -305,14 +299,12 @@ def _prepared(
 
 
 def _gated(
-    actor: Any, sentiment: Sentiment, sample: Sequence[str], at_least: float, chosen: Chosen
+    actor: Actor, sentiment: Sentiment, sample: Sequence[str], at_least: float, chosen: Chosen
 ) -> Chosen:
     import ray
 
     ids = sentiment.tokenize(sample)
-    share = agreement(
-        ray.get(actor.probabilities.remote(ids)), torch_engine(sentiment).probabilities(ids)
-    )
+    share = agreement(ray.get(actor.probabilities(ids)), torch_engine(sentiment).probabilities(ids))
     if share < at_least:
         raise SentimentScoringError(
             f"bf16 on CUDA: labels equal fp32's in {share:.2%} of the sample, at least "
@@ -324,151 +316,6 @@ def _gated(
         agreement={"bf16": share},
         refused={},
     )
-
-
-class _Scorer:
-    """An actor: what it needs is in its arguments, so it needs no file of the driver's."""
-
-    def __init__(
-        self, packed: Recipe | dict[str, bytes], tokenizer: str, labels: Sequence[str]
-    ) -> None:
-        from tokenizers import Tokenizer
-
-        self._tokenizer: Any = Tokenizer.from_str(tokenizer)
-        self._labels = list(labels)
-        self._engine = packed.engine() if isinstance(packed, Recipe) else _on_card(packed)
-        self._model = threading.Lock()
-        self._remembered: dict[str, np.ndarray] = {}
-
-    def probabilities(self, ids: Sequence[np.ndarray]) -> np.ndarray:
-        with self._model:
-            return self._engine.probabilities(ids)
-
-    def score(self, texts: Any) -> pl.DataFrame:
-        """The added columns of an Arrow array of texts."""
-        cleaned = clean(pl.Series(texts))
-        scored = np.flatnonzero((cleaned["text"] != "").to_numpy())
-        once, places = distinct(cleaned["text"].gather(scored))
-        names = once.to_list()
-        known = [self._remembered.get(each) for each in names]
-        new = [place for place, each in enumerate(known) if each is None]
-        by_text = np.empty((len(names), len(self._labels)), np.float32)
-        for place, each in enumerate(known):
-            if each is not None:
-                by_text[place] = each
-        if new:
-            encoded = self._tokenizer.encode_batch_fast([names[place] for place in new])
-            # The other thread cleans and tokenises the next batch meanwhile.
-            by_text[new] = self.probabilities([np.array(each.ids, np.int32) for each in encoded])
-            if len(self._remembered) + len(new) > _REMEMBERED:
-                self._remembered.clear()
-            self._remembered.update((names[place], by_text[place].copy()) for place in new)
-        return self._columns(cleaned["outcome"], scored, by_text[places])
-
-    def _columns(
-        self, outcome: pl.Series, scored: np.ndarray, probabilities: np.ndarray
-    ) -> pl.DataFrame:
-        every = np.full((len(outcome), len(self._labels)), np.nan, np.float32)
-        every[scored] = probabilities
-        names = pl.Series(self._labels, dtype=pl.String)
-        likeliest = np.where(np.isnan(every[:, 0]), 0, every.argmax(1))
-        columns: dict[str, Any] = {
-            "label": names.gather(likeliest),
-            "score": every[np.arange(len(every)), likeliest],
-        }
-        columns |= {f"p_{label}": every[:, place] for place, label in enumerate(self._labels)}
-        types = _nothing(self._labels)
-        if "sentiment" in types:
-            columns["sentiment"] = columns["p_positive"] - columns["p_negative"]
-        blank = np.isnan(every[:, 0])
-        return pl.DataFrame({**columns, "outcome": outcome}, schema=types).with_columns(
-            pl.when(~pl.Series(blank)).then(pl.col(name)).alias(name)
-            for name in types
-            if name != "outcome"
-        )
-
-
-def _on_card(files: Mapping[str, bytes]) -> Engine:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            (Path(folder) / name).write_bytes(content)
-        return cuda_engine(load(Path(folder)))
-
-
-@contextmanager
-def _pool(
-    packed: Recipe | dict[str, bytes], sentiment: Sentiment, device: str, workers: int | None
-) -> Iterator[list[Any]]:
-    import ray
-
-    kind = "GPU" if device == "cuda" else "CPU"
-    if workers is None:
-        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-        # At least one: it waits for room.
-        workers = max(1, int(free.get(kind, 0)))
-    # Ray's own types don't know max_concurrency.
-    remote: Any = ray.remote
-    actor = remote(
-        num_cpus=1,
-        num_gpus=1 if device == "cuda" else 0,
-        max_restarts=-1,
-        max_task_retries=3,
-        max_concurrency=2,
-        # Each has one CPU; the libraries would start a thread for each CPU of the node.
-        runtime_env={
-            "env_vars": {
-                "OMP_NUM_THREADS": "1",
-                "POLARS_MAX_THREADS": "1",
-                "TOKENIZERS_PARALLELISM": "false",
-            }
-        },
-    )(_Scorer)
-    stored = ray.put(packed)
-    tokenizer = sentiment.tokenizer.to_str()
-    actors = [actor.remote(stored, tokenizer, sentiment.labels) for _ in range(workers)]
-    try:
-        yield actors
-    finally:
-        for each in actors:
-            ray.kill(each)
-
-
-def _scored(
-    batches: Iterator[tuple[int, pl.DataFrame]], text_column: str, actors: Sequence[Any]
-) -> Iterator[tuple[int, pl.DataFrame, pl.DataFrame]]:
-    """Batches as they finish; each actor has two in hand."""
-    import ray
-    from ray.exceptions import RayActorError, RayTaskError
-
-    free = deque([*actors, *actors])
-    waiting: dict[Any, tuple[Any, int, pl.DataFrame]] = {}
-    more = True
-    while more or waiting:
-        while free and more:
-            batch = next(batches, None)
-            if batch is None:
-                more = False
-                break
-            actor = free.popleft()
-            number, rows = batch
-            waiting[actor.score.remote(rows[text_column].to_arrow())] = (actor, number, rows)
-        if not waiting:
-            return
-        (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
-        actor, number, rows = waiting.pop(ready)
-        free.append(actor)
-        try:
-            found = ray.get(ready)
-        except RayTaskError as error:
-            raise error.as_instanceof_cause() from error  # type: ignore[no-untyped-call]
-        except RayActorError as error:
-            raise SentimentScoringError(
-                f"batch {number} lost its actor four times, perhaps for want of memory: {error}; "
-                "what is finished is kept, run again to go on"
-            ) from error
-        yield number, rows, found
 
 
 # --- what is kept
@@ -504,12 +351,29 @@ def _commit(parts: Path, number: int, rows: pl.DataFrame) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _publish(rows: pl.LazyFrame, out: str, root: str, metadata: Mapping[str, str]) -> None:
-    if _is_table(out):
-        onto = storage.latest(root, out)
-        storage.write(root, out, rows, mode="overwrite", onto=onto, metadata=metadata)
-        return
-    path = Path(out)
+def _publish_table(
+    rows: pl.LazyFrame,
+    out: str,
+    root: str,
+    partitions: str | None,
+    metadata: Mapping[str, str],
+) -> None:
+    """Stages the rows some at a time, in the partitions of their source, and commits once."""
+    onto = storage.latest(root, out)
+    if partitions is not None:
+        # An entity's rows stay in its partition, which features of the table are made by.
+        metadata = {**metadata, "partitions": partitions}
+    if storage.PART not in rows.collect_schema():
+        rows = storage.with_partition(rows, None, 1)
+    staged = [
+        storage.stage(root, out, part, piece.drop(storage.PART))
+        for batch in _batches(rows, _STAGED_ROWS)
+        for (part,), piece in batch.group_by(storage.PART, maintain_order=True)
+    ] or [storage.stage(root, out, 0, rows.head(0).collect().drop(storage.PART))]
+    storage.commit(root, out, staged, mode="overwrite", onto=onto, metadata=metadata)
+
+
+def _publish_file(rows: pl.LazyFrame, path: Path) -> None:
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         if path.suffix == ".csv":
@@ -518,7 +382,7 @@ def _publish(rows: pl.LazyFrame, out: str, root: str, metadata: Mapping[str, str
             rows.sink_parquet(draft)
         draft.replace(path)
     except pl.exceptions.PolarsError as error:
-        raise SentimentScoringError(f"{out} can't be written: {error}") from error
+        raise SentimentScoringError(f"{path} can't be written: {error}") from error
     finally:
         draft.unlink(missing_ok=True)
 

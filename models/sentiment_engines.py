@@ -283,6 +283,8 @@ def openvino_engine(name: str, graph: Graph, *, threads: int = 1) -> Engine:
             "INFERENCE_PRECISION_HINT": precision,
             # Each process would pin its threads to the same first cores: half the speed for two.
             "ENABLE_CPU_PINNING": False,
+            # What is kept for a shape of batch, per layer, else 5,000: gigabytes after many texts.
+            "CPU_RUNTIME_CACHE_CAPACITY": 256,
         },
     )
     request = compiled.create_infer_request()

@@ -2,7 +2,8 @@
 
 Everything is a polars expression, so that a million comments are cleaned at once on every core.
 Cleaning what is clean changes nothing. `HYGIENE` names these rules: a model stores it, and scores
-only what was cleaned by the same ones. Emojis stay, since they carry sentiment.
+only what was cleaned by the same ones; a table that ingest masked is made anew under others.
+Emojis stay, since they carry sentiment.
 
 Masks follow TweetEval (Barbieri et al. 2020) where it has them: `@user` and `http`. What isn't
 known: names of people in running text, and addresses.

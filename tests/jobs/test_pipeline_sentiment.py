@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster import session, storage
-from jobs import sentiment_training
+from jobs import sentiment_training, training_set
 from jobs.cli import app
 from jobs.pipeline_file import ConfigError, load
 from jobs.sentiment_config import SentimentTraining
@@ -42,6 +42,15 @@ features:
     lifetime: [mean]
     trends: [[10d, 20d]]
     cutoffs: ["2024-03-01T00:00:00"]
+"""
+# Rows of their own, so that features are computed at each row's cutoff.
+TARGET = """\
+targets:
+  broken:
+    features: [mood]
+    rows: {table: comments, cutoff: at}
+    label: {column: product, positive: lamp}
+    split: {validate_share: 0.2, test_share: 0.2}
 """
 
 
@@ -93,6 +102,15 @@ def test_features_say_what_the_texts_said(folder: Path) -> None:
     assert features["mood_mean_10d"].to_list() == pytest.approx(
         expected["sentiment"].to_list(), rel=1e-6
     )
+
+    # The step after it, for a target that is predicted from them.
+    (folder / "target.yaml").write_text((folder / "voices.yaml").read_text() + TARGET)
+    made = training_set.assemble("broken", load(folder / "target.yaml"), tables)
+    rows = training_set.load("broken", tables, made.version)
+    assert rows.height == 840
+    expected = scored.filter(pl.col("at") >= cutoff - timedelta(days=10), pl.col("at") < cutoff)
+    (row,) = rows.filter(pl.col("_cutoff") == cutoff).iter_rows(named=True)
+    assert row["comments_count_10d"] == (expected["customer"] == row["customer"]).sum() > 0
 
 
 def test_a_group_is_on_one_side(tmp_path: Path) -> None:

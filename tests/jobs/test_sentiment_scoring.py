@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from cluster import session, storage
 from jobs import sentiment_cli, sentiment_scoring
-from jobs.sentiment_scoring import SentimentScoringError, score_file
+from jobs.sentiment_actors import SentimentScoringError
+from jobs.sentiment_scoring import score_file
 from models import sentiment
 from models.features import FeatureSpec, compute
 from models.text import TextError, clean
@@ -126,7 +127,8 @@ def test_a_killed_actor_repeats_only_what_it_had(
                 os.kill(each.pid, signal.SIGKILL)
 
     score(file, out, model, cache, on_done=kill_after_two)
-    assert counted == [50] * 7 + [47]
+    # What the actor had in hand comes again, in any order; nothing comes twice.
+    assert sorted(counted) == [47] + [50] * 7
     plain = tmp_path / "plain.parquet"
     score(file, plain, model, cache)
     assert pl.read_parquet(out).equals(pl.read_parquet(plain))
@@ -187,11 +189,17 @@ def test_a_killed_driver_repeats_nothing_finished(
 
 @pytest.mark.usefixtures("ray_session")
 def test_tables_in_and_out_and_equal_texts_scored_alike(
-    tmp_path: Path, model: Path, cache: Path, rows: pl.DataFrame
+    tmp_path: Path,
+    model: Path,
+    cache: Path,
+    rows: pl.DataFrame,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     root = str(tmp_path / "tables")
-    twice = pl.concat([rows, rows])
-    storage.write(root, "comments", twice, mode="append", onto=None, metadata={})
+    twice = storage.with_partition(pl.concat([rows, rows]).lazy(), "product", 4)
+    of = {"partitions": "4"}
+    storage.write(root, "comments", twice, mode="append", onto=None, metadata=of)
+    monkeypatch.setattr(sentiment_scoring, "_STAGED_ROWS", 300)
     done = score(
         "comments", "labelled", model, cache, storage_root=root, engine="bf16", at_least=0.5
     )
@@ -199,7 +207,20 @@ def test_tables_in_and_out_and_equal_texts_scored_alike(
     found = storage.scan(root, "labelled").collect()
     assert found.height == 794
     assert found.group_by("id").agg(pl.col("label").n_unique())["label"].max() == 1
-    assert storage.metadata(root, "labelled", 0)["source"] == "comments"
+    # Partitioned as its source is, and one version whatever it was staged in.
+    told = storage.metadata(root, "labelled", 0)
+    assert (told["source"], told["partitions"]) == ("comments", "4")
+    assert storage.version(root, "labelled") == 0
+    again = storage.with_partition(found.lazy().drop(storage.PART), "product", 4).collect()
+    assert again[storage.PART].to_list() == found[storage.PART].to_list()
+    # A file's rows lie in one partition; the texts are masked where that is asked.
+    file = tmp_path / "in.parquet"
+    rows.with_columns(text=pl.lit("@ann: ") + pl.col("text")).write_parquet(file)
+    score(file, "labelled", model, cache, storage_root=root, mask=True)
+    found = storage.scan(root, "labelled").sort("id").collect()
+    assert storage.metadata(root, "labelled", 1)["partitions"] == "1"
+    assert set(found[storage.PART]) == {0}
+    assert found["text"][0] == f"@user: {rows['text'][0]}"
 
 
 @pytest.mark.usefixtures("ray_session")
