@@ -1,8 +1,8 @@
-"""Who may ask: API keys, hashed at rest; roles by a policy file; rates. Knows nothing of HTTP.
+"""Who may ask: API keys, hashed at rest, and an issuer's tokens; rates. Knows nothing of HTTP.
 
 A key is `ly_<name>_<secret>`. The keys file holds SHA-256 digests of the secrets, which are 256
-random bits, so that a slow hash would add nothing. A replica reads both files again when they
-change.
+random bits, so that a slow hash would add nothing. A replica reads the keys and the policy again
+when they change.
 """
 
 import fcntl
@@ -14,28 +14,21 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-ACTIONS = ("score", "explain", "customers", "models", "metrics")
-
-
-class AccessError(ValueError):
-    """A keys or policy file, or a change of it, can't be so; the message says what to do."""
+from serving.policy import DEFAULT_ROLES, AccessError, Policy, read_policy
+from serving.tokens import Oidc, TokenError, Tokens, UnknownKey
 
 
 class Denied(ValueError):
     """A request that isn't allowed.
 
     Attributes:
-        status: 401 without a valid key, 403 without the right, 429 over the rate.
-        who: The key's name, or None where it isn't known.
+        status: 401 without a valid key or token, 403 without the right, 429 over the rate.
+        who: Who asked, or None where it isn't known.
         retry_after_s: Where waiting helps, whole seconds.
     """
 
@@ -48,48 +41,30 @@ class Denied(ValueError):
         self.retry_after_s = retry_after_s
 
 
-class Role(BaseModel):
-    """What holders of a role may do."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    actions: tuple[str, ...]
-    # Names of models, or patterns such as "lapse_*".
-    models: tuple[str, ...] = ("*",)
-    requests_per_s: float | None = Field(default=None, gt=0)
-    burst: int = Field(default=20, ge=1)
-
-
-DEFAULT_ROLES = {
-    "viewer": Role(actions=("models",)),
-    "service": Role(actions=("models", "score", "customers")),
-    "analyst": Role(actions=("models", "score", "explain", "customers")),
-    "admin": Role(actions=ACTIONS),
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class AccessFiles:
-    """Where access is kept.
+    """Where access is kept, and whose tokens are taken; one of `keys` and `oidc` is there.
 
     Attributes:
-        keys: Made by `add_key`.
-        policy: YAML, `roles: {name: {actions, models, requests_per_s, burst}}`; None for
-            `DEFAULT_ROLES`.
+        keys: Made by `add_key`; None takes no keys.
+        policy: YAML, `roles: {name: {actions, models, fields, hidden, requests_per_s, burst}}`;
+            None for `policy.DEFAULT_ROLES`.
         audit: The audit log to append to; None for none.
+        oidc: None takes no tokens.
     """
 
-    keys: str
+    keys: str | None = None
     policy: str | None = None
     audit: str | None = None
+    oidc: Oidc | None = None
 
     def absolute(self) -> "AccessFiles":
         """The same files for a process with another working directory."""
-        return AccessFiles(
-            keys=str(Path(self.keys).absolute()),
-            policy=None if self.policy is None else str(Path(self.policy).absolute()),
-            audit=None if self.audit is None else str(Path(self.audit).absolute()),
-        )
+
+        def at(path: str | None) -> str | None:
+            return None if path is None else str(Path(path).absolute())
+
+        return replace(self, keys=at(self.keys), policy=at(self.policy), audit=at(self.audit))
 
 
 def add_key(path: Path, name: str, role: str, *, days: float = 90) -> str:
@@ -192,24 +167,39 @@ def list_keys(path: Path) -> list[Key]:
     return found
 
 
+class Asker(NamedTuple):
+    """Who was let in: a key's name, or "oidc:" and a token's subject; and the role."""
+
+    who: str
+    role: str
+
+
+class UnknownSigner(Denied):
+    """A token by a key that isn't known yet; `tokens.refresh` may bring it."""
+
+
 class Access:
     """Decides on requests."""
 
     def __init__(self, files: AccessFiles) -> None:
-        """Reads the files.
+        """Reads the files; fetches no keys of an issuer yet.
 
         Raises:
-            AccessError: One isn't as it should be.
+            AccessError: One isn't as it should be, or nobody could ask.
             OSError: One can't be read.
         """
-        self._keys_path = Path(files.keys)
+        if files.keys is None and files.oidc is None:
+            raise AccessError("access names neither keys nor oidc, so that nobody could ask")
+        self._keys_path = None if files.keys is None else Path(files.keys)
         self._policy_path = None if files.policy is None else Path(files.policy)
-        self._seen: tuple[int, ...] = ()
+        self.tokens = None if files.oidc is None else Tokens(files.oidc)
+        self._seen: tuple[int, ...] | None = None
         self._keys: dict[str, Any] = {}
-        self._roles: Mapping[str, Role] = {}
-        # Secrets that were found good, by what was sent: until they expire.
-        self._good: dict[str, tuple[str, str, float]] = {}
-        # Per key: tokens left, and when that was.
+        self._policy = Policy({})
+        # What was sent and found good: until it expires.
+        self._good: dict[str, tuple[Asker, float]] = {}
+        self._published: Any = None
+        # Per asker: requests left, and when that was.
         self._buckets: dict[str, tuple[float, float]] = {}
         self.reload()
 
@@ -225,55 +215,69 @@ class Access:
         if seen == self._seen:
             return
         roles = DEFAULT_ROLES if self._policy_path is None else read_policy(self._policy_path)
-        keys = _read(self._keys_path)
-        for name, key in keys.items():
-            if key["role"] not in roles:
-                raise AccessError(
-                    f"{self._keys_path}: key {name!r} has the role {key['role']!r}; the policy "
-                    f"has {sorted(roles)}"
-                )
-        self._keys, self._roles, self._good = keys, roles, {}
+        keys = {} if self._keys_path is None else _read(self._keys_path)
+        held = [(f"{self._keys_path}: key {name!r}", key["role"]) for name, key in keys.items()]
+        if self.tokens is not None:
+            said = self.tokens.oidc.roles
+            held += [(f"oidc.roles: {value!r}", role) for value, role in said.items()]
+        for what, role in held:
+            if role not in roles:
+                raise AccessError(f"{what} has the role {role!r}; the policy has {sorted(roles)}")
+        self._keys, self._policy, self._good = keys, Policy(roles), {}
         self._seen = seen
 
-    def allow(self, authorization: str | None, action: str, model: str | None) -> str:
-        """The name of the key that may do this.
+    def allow(self, authorization: str | None, action: str, model: str | None) -> Asker:
+        """Who may do this.
 
         Args:
-            authorization: The header's value, "Bearer ly_...".
-            action: One of `ACTIONS`.
+            authorization: The header's value, "Bearer ly_..." or "Bearer " and a token.
+            action: One of `policy.ACTIONS`.
             model: The model that it is about, or None.
 
         Raises:
+            UnknownSigner: It has a token by a key that isn't known yet.
             Denied: It may not; the message says why.
         """
-        who, role = self._who(authorization)
-        may = self._roles[role]
-        if action not in may.actions:
-            raise Denied(403, f"the role {role!r} may not {action}", who=who)
-        if model is not None and not any(fnmatchcase(model, allowed) for allowed in may.models):
-            raise Denied(403, f"the role {role!r} may not {action} with model {model!r}", who=who)
+        asker = self._asker(authorization)
+        who, role = asker
+        if not self._policy.allows(role, action, model):
+            models = model is not None and self._policy.allows(role, action)
+            reason = f"{action} with model {model!r}" if models else action
+            raise Denied(403, f"the role {role!r} may not {reason}", who=who)
+        may = self._policy.roles[role]
         if may.requests_per_s is not None:
             self._take(who, may.requests_per_s, may.burst)
-        return who
+        return asker
 
-    def may(self, who: str, action: str, model: str) -> bool:
-        """Whether the key of that name may do this too; counts on no rate."""
-        key = self._keys.get(who)
-        role = None if key is None else self._roles[key["role"]]
-        return (
-            role is not None
-            and action in role.actions
-            and any(fnmatchcase(model, allowed) for allowed in role.models)
-        )
+    def may(self, role: str, action: str, model: str | None, field: str = "") -> bool:
+        """Whether the role may do this too, or be shown this field; counts on no rate."""
+        return self._policy.allows(role, action, model, field)
 
-    def _who(self, authorization: str | None) -> tuple[str, str]:
-        found = self._good.get(authorization or "")
-        now = time.time()
-        if found is not None and now < found[2]:
-            return found[0], found[1]
-        kind, _, key = (authorization or "").partition(" ")
-        parts = key.strip().split("_", 2)
-        if kind.lower() != "bearer" or len(parts) != 3 or parts[0] != "ly":
+    def _asker(self, authorization: str | None) -> Asker:
+        sent = authorization or ""
+        if self.tokens is not None and self.tokens.published is not self._published:
+            # A key that the issuer took back opens nothing any more.
+            self._published, self._good = self.tokens.published, {}
+        found = self._good.get(sent)
+        if found is not None and time.time() < found[1]:
+            return found[0]
+        kind, _, key = sent.partition(" ")
+        key = key.strip()
+        if kind.lower() != "bearer" or not key:
+            reason = "no API key; send the header 'Authorization: Bearer ly_...'"
+            raise Denied(401, reason if self.tokens is None else reason + ", or a token there")
+        if self.tokens is not None and not key.startswith("ly_"):
+            asker, until = _by_token(self.tokens, key)
+        else:
+            asker, until = self._by_key(key)
+        if len(self._good) > 10_000:
+            self._good = {}
+        self._good[sent] = (asker, until)
+        return asker
+
+    def _by_key(self, key: str) -> tuple[Asker, float]:
+        parts = key.split("_", 2)
+        if len(parts) != 3 or parts[0] != "ly":
             raise Denied(401, "no API key; send the header 'Authorization: Bearer ly_...'")
         _, name, secret = parts
         stored = self._keys.get(name)
@@ -283,13 +287,10 @@ class Access:
         for entry in entries:
             if entry and hmac.compare_digest(entry["sha256"], sent):
                 until = _moment(entry["expires"]).timestamp()
-                if now >= until:
+                if time.time() >= until:
                     raise Denied(401, f"the key has expired on {entry['expires']}", who=name)
-                if len(self._good) > 10_000:
-                    self._good = {}
                 assert stored is not None, "only a stored key matches"
-                self._good[authorization or ""] = (name, stored["role"], until)
-                return name, stored["role"]
+                return Asker(name, stored["role"]), until
         raise Denied(401, "the API key isn't known; ask for a new one")
 
     def _take(self, who: str, per_s: float, burst: int) -> None:
@@ -305,24 +306,18 @@ class Access:
         self._buckets[who] = (left - 1, now)
 
 
-def read_policy(path: Path) -> dict[str, Role]:
-    """The roles of a policy file.
-
-    Raises:
-        AccessError: It isn't such a file; the message says where.
-        OSError: It can't be read.
-    """
+def _by_token(tokens: Tokens, token: str) -> tuple[Asker, float]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or content.keys() != {"roles"}:
-            raise AccessError(f"{path}: holds 'roles' and nothing else, one entry a role")
-        roles = {name: Role.model_validate(role) for name, role in content["roles"].items()}
-    except (yaml.YAMLError, ValidationError, AttributeError) as error:
-        raise AccessError(f"{path}: {error}") from error
-    for name, role in roles.items():
-        if unknown := sorted(set(role.actions) - set(ACTIONS)):
-            raise AccessError(f"{path}: role {name!r}: actions {unknown}; allowed are {ACTIONS}")
-    return roles
+        bearer = tokens.bearer(token)
+    except UnknownKey as error:
+        raise UnknownSigner(401, str(error)) from error
+    except TokenError as error:
+        raise Denied(401, str(error)) from error
+    who = f"oidc:{bearer.subject}"
+    if bearer.role is None:
+        claim = tokens.oidc.roles_claim
+        raise Denied(403, f"the token's {claim!r} has none of the values with a role", who=who)
+    return Asker(who, bearer.role), bearer.until
 
 
 @contextmanager

@@ -1,9 +1,12 @@
 """Requests that arrive while a model is busy meet in its next call; a row's number is the same."""
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import numpy as np
+
+from serving import traces
 
 
 class Batcher:
@@ -32,6 +35,8 @@ class Batcher:
         self._work: asyncio.Task[None] | None = None
         self.calls = 0
         self.rows = 0
+        # When the last call began and ended, `time.time_ns`.
+        self._called = (0, 0)
 
     @property
     def waiting(self) -> int:
@@ -51,7 +56,11 @@ class Batcher:
         self._waiting.append((x, future))
         if self._work is None:
             self._work = asyncio.create_task(self._drain())
-        return await future
+        with traces.step("batch"):
+            scores = await future
+        # Its own call: those answered wake before the next call is made.
+        traces.took("model", *self._called)
+        return scores
 
     async def _drain(self) -> None:
         while self._waiting:
@@ -69,6 +78,7 @@ class Batcher:
             self.calls += 1
             self.rows += rows
             x = batch[0][0] if taken == 1 else np.concatenate([x for x, _ in batch])
+            began = time.time_ns()
             try:
                 if rows <= self._inline_rows:
                     scores = self._predict(x)
@@ -81,6 +91,7 @@ class Batcher:
                     if not future.done():
                         future.set_exception(error)
                 continue
+            self._called = (began, time.time_ns())
             at = 0
             for x, future in batch:
                 # A client that went away has cancelled its own.

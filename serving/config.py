@@ -6,9 +6,16 @@ Knows nothing of YAML, or of how it is applied (`serving.app.apply`).
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from serving import settings
+from serving import settings, tokens
 from serving.access import AccessFiles
 from serving.settings import Listener, Rollout, Settings
 
@@ -39,12 +46,37 @@ class Limits(_Model):
     queued: Annotated[int, Field(ge=0)] = settings.Limits.queued
 
 
-class Access(_Model):
-    """Files; rates and rights are the policy's."""
+class Oidc(_Model):
+    """Whose tokens are taken; see `tokens.Oidc`."""
 
-    keys: str
+    issuer: str
+    audience: Annotated[str, Field(min_length=1)]
+    roles: Annotated[dict[str, str], Field(min_length=1)]
+    roles_claim: str = tokens.Oidc.roles_claim
+    algorithms: tuple[str, ...] = tokens.Oidc.algorithms
+    leeway_s: Annotated[int, Field(ge=0, le=300)] = tokens.Oidc.leeway_s
+
+
+class Access(_Model):
+    """Files, and an issuer of tokens; rates and rights are the policy's."""
+
+    keys: str | None = None
     policy: str | None = None
     audit: str | None = None
+    oidc: Oidc | None = None
+
+    @model_validator(mode="after")
+    def _somebody_may_ask(self) -> "Access":
+        if self.keys is None and self.oidc is None:
+            raise ValueError("names neither keys nor oidc, so that nobody could ask")
+        return self
+
+
+class Traces(_Model):
+    """Where spans go, and of how many requests; see `settings.Traces`."""
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://")]
+    sample: Share = settings.Traces.sample
 
 
 class Tls(_Model):
@@ -68,6 +100,7 @@ class Serve(_Model):
     limits: Limits = Limits()
     access: Access | None = None
     tls: Tls | None = None
+    traces: Traces | None = None
 
     @field_validator("models", mode="before")
     @classmethod
@@ -104,9 +137,12 @@ class Serve(_Model):
         if self.models is not None:
             models = {name: Rollout(**each.model_dump()) for name, each in self.models.items()}
         if self.access is not None:
-            keys = str((folder / self.access.keys).absolute())
+            oidc = self.access.oidc
             access = AccessFiles(
-                keys=keys, policy=at(self.access.policy), audit=at(self.access.audit)
+                keys=at(self.access.keys),
+                policy=at(self.access.policy),
+                audit=at(self.access.audit),
+                oidc=None if oidc is None else tokens.Oidc(**oidc.model_dump()),
             )
         return Settings(
             registry=registry,
@@ -116,6 +152,7 @@ class Serve(_Model):
             access=access,
             shadow_log=at(self.shadow_log),
             store=at(self.store),
+            traces=None if self.traces is None else settings.Traces(**self.traces.model_dump()),
         )
 
     def listener(self, port: int, folder: Path) -> Listener:

@@ -7,6 +7,7 @@ import re
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 
 from models.explain import ExplainError
-from serving import arrow, customers, schema, texts
+from serving import arrow, customers, schema, texts, traces
 from serving.access import Denied
 from serving.audit import AuditError
 from serving.explaining import explanations
@@ -79,14 +80,14 @@ def application(models: Models, gate: Gate) -> Callable[[Scope, Receive, Send], 
         if name is not None:
             name = models.name(name)
         headers = dict(scope["headers"])
-        asked = gate.asked(action, name, headers.get(b"x-request-id"))
+        asked = gate.asked(action, name, headers.get(b"x-request-id"), headers.get(b"traceparent"))
         if action is None:
             await others(scope, receive, _watched(send, gate, asked, models))
             return
         body: bytes | None = None
         try:
             sent = headers.get(b"authorization")
-            gate.admit(asked, None if sent is None else sent.decode("latin-1"))
+            await gate.admit(asked, None if sent is None else sent.decode("latin-1"))
             async with asyncio.timeout(_time_left(headers)):
                 body = await _body(receive, models.settings.limits.body_bytes)
                 if scope["path"] in _TEXTS:
@@ -141,14 +142,14 @@ async def _answered(
     name = asked.model or ""
     match asked.action:
         case "score" if customer is not None:
-            return await customer_score(models, name, customer, body)
+            return await customer_score(models, gate, asked, customer, body)
         case "customers":
             return await customer_page(models, gate, asked, customer or "")
         case "score":
             key = headers.get(ROUTING_KEY)
             return await score(models, name, _media_type(headers), body, key=key, request=asked.id)
         case "explain":
-            return await explain(models, name, body)
+            return await explain(models, gate, asked, body)
         case "models":
             return as_json(
                 {
@@ -191,12 +192,13 @@ async def score(
         if models.settings.rollout(name).canary:
             served = models.pick(name, key or zlib.crc32(body).to_bytes(4))
         version = served.card.version
-        if media_type == arrow.MEDIA_TYPE:
-            x_np = arrow.matrix(body, served.scorer.encoder, max_rows=limits.rows)
-            rows = None
-        else:
-            rows = schema.parse(body, max_rows=limits.rows)
-            x_np = served.reader.matrix(rows)
+        with traces.step("parse"):
+            if media_type == arrow.MEDIA_TYPE:
+                x_np = arrow.matrix(body, served.scorer.encoder, max_rows=limits.rows)
+                rows = None
+            else:
+                rows = schema.parse(body, max_rows=limits.rows)
+                x_np = served.reader.matrix(rows)
     except (schema.RequestError, UnknownModel, RefusedModel) as error:
         return refusal(error)
     scores_n = await served.batcher.score(x_np)
@@ -242,16 +244,20 @@ def _shadow(
     models.shadow.score(file, request, name, versions, scores_n, score)
 
 
-async def explain(models: Models, name: str, body: bytes | None) -> Reply:
+async def explain(models: Models, gate: Gate, asked: Asked, body: bytes | None) -> Reply:
     """Why a request's rows have their scores; `body` is None where it was over the limit."""
-    limits = models.settings.limits
+    limits, name = models.settings.limits, asked.model or ""
+    visible = partial(gate.visible, asked, "explain", name)
     try:
         served = models.find(name)
         body = _within(body, limits)
-        rows = schema.parse(body, max_rows=limits.explained_rows)
-        x_np = served.reader.matrix(rows)
+        with traces.step("parse"):
+            rows = schema.parse(body, max_rows=limits.explained_rows)
+            x_np = served.reader.matrix(rows)
+        with traces.step("explain"):
+            found = await asyncio.to_thread(explanations, served, rows, x_np, visible)
         return as_json(
-            await asyncio.to_thread(explanations, served, rows, x_np),
+            found,
             told={"version": served.card.version, "rows": len(rows)},
         )
     except (schema.RequestError, UnknownModel, RefusedModel, ExplainError) as error:
@@ -278,8 +284,11 @@ async def of_texts(models: Models, action: str, body: bytes | None) -> Reply:
     )
 
 
-async def customer_score(models: Models, name: str, customer: str, body: bytes | None) -> Reply:
+async def customer_score(
+    models: Models, gate: Gate, asked: Asked, customer: str, body: bytes | None
+) -> Reply:
     """A customer's score; `body` may bring new events and the moment that they lead up to."""
+    name = asked.model or ""
     try:
         served = models.find(name)
         events, at = customers.parse(_within(body, models.settings.limits))
@@ -293,7 +302,7 @@ async def customer_score(models: Models, name: str, customer: str, body: bytes |
     version = served.card.version
     said = {"model": name, "version": version, "customer": known.id, "cutoff": known.cutoff}
     return as_json(
-        {**said, "score": score, "features": row},
+        {**said, "score": score, "features": gate.visible(asked, "score", name, row)},
         told={"version": version, "rows": 1, "customer": known.id},
     )
 
@@ -314,14 +323,15 @@ async def customer_page(models: Models, gate: Gate, asked: Asked, customer: str)
         (score,) = (await served.batcher.score(x_np)).tolist()
         scores[name] = {"version": served.card.version, "score": score}
     versions = {name: each["version"] for name, each in scores.items()}
+    features = gate.visible(asked, "customers", None, known.features)
     return as_json(
         {
             "customer": known.id,
             "cutoff": known.cutoff,
             "scores": scores,
-            "segment": known.features.get("segment"),
-            "sentiment": known.features.get("sentiment"),
-            "features": known.features,
+            "segment": features.get("segment"),
+            "sentiment": features.get("sentiment"),
+            "features": features,
         },
         told={"versions": versions, "rows": 1, "customer": known.id},
     )
@@ -344,13 +354,14 @@ def _fastapi(models: Models, gate: Gate) -> FastAPI:
         `base` and a row's contributions sum to its score on `scale`: "probability", or "log-odds",
         of which a sigmoid gives the score.
         """
-        return _response(await explain(models, name, await request.body()))
+        asked = gate.asked("explain", models.name(name), None)
+        return _response(await explain(models, gate, asked, await request.body()))
 
     @app.post("/v1/models/{name}/customers/{id}", openapi_extra=customers.BODY)
     async def score_customer(name: str, id: str, request: Request) -> Response:
         """Scores a customer by the latest features, or with new events as of a moment."""
-        body = await request.body()
-        return _response(await customer_score(models, models.name(name), id, body))
+        asked = gate.asked("score", models.name(name), None)
+        return _response(await customer_score(models, gate, asked, id, await request.body()))
 
     @app.post("/v1/sentiment", openapi_extra=texts.BODY)
     async def score_texts(request: Request) -> Response:

@@ -57,6 +57,21 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Traces:
+    """Where spans of requests go.
+
+    Attributes:
+        endpoint: URL that takes OTLP over HTTP, such as http://127.0.0.1:4318; without a path,
+            "/v1/traces" is added.
+        sample: Share of the requests that are traced, from 0 to 1; a client's own `traceparent`
+            decides for its request.
+    """
+
+    endpoint: str
+    sample: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a replica serves.
 
@@ -68,6 +83,7 @@ class Settings:
         access: Keys, policy and audit log; None lets everyone in who reaches the address.
         shadow_log: File that shadow scores are appended to.
         store: Folder of the online features (`serving.online`); None where there are none.
+        traces: None traces nothing.
     """
 
     registry: str
@@ -77,6 +93,7 @@ class Settings:
     access: AccessFiles | None = None
     shadow_log: str | None = None
     store: str | None = None
+    traces: Traces | None = None
 
     def rollout(self, name: str) -> Rollout:
         """The model's; every model is served by its champion where none are named."""
