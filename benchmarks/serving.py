@@ -1,6 +1,7 @@
 """Requests a second and their times: ours against an empty deployment and other servers.
 
     python -m benchmarks.serving --json FILE [--seconds 2] [--rounds 5]
+    python -m benchmarks.serving --json FILE --part faults --minutes 10     # serving_faults.py
 
 Every server runs in processes of its own on loopback and answers for the same registered model
 (xgboost, 100 trees over 42 features). The load comes from another process, over connections that
@@ -215,8 +216,8 @@ def make_rows(rows: int, seed: int) -> pl.DataFrame:
     )
 
 
-def register(uri: str) -> Any:
-    """Trains and promotes the model; gives its scorer."""
+def register(uri: str, rounds: int = 100) -> Any:
+    """Trains the model, registers it and promotes its first version; gives its scorer."""
     from models.encoding import Encoder
     from models.families import FAMILIES, TrainingData
     from models.registry import Registry
@@ -227,7 +228,7 @@ def register(uri: str) -> Any:
     x = encoder.transform(frame)
     y = (np.nan_to_num(x[:, 0]) + np.nan_to_num(x[:, 1]) > 110).astype(np.int8)
     data = TrainingData(x_train=x[:3_000], y_train=y[:3_000], x_valid=x[3_000:], y_valid=y[3_000:])
-    variant = {"family": "boosting", "rounds": 100, "depth": 4}
+    variant = {"family": "boosting", "rounds": rounds, "depth": 4}
     (fitted,) = FAMILIES["boosting"]([variant], data)
     scorer = Scorer(encoder=encoder, predict=fitted.predict)
     registry = Registry(uri)
@@ -626,6 +627,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--part", choices=("speed", "faults"), default="speed")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of the part faults")
     parser.add_argument("--server", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.server:
@@ -635,9 +638,16 @@ def main() -> None:
         else:
             _serve_ours(uri, int(port), kind)
         return
-    found = run(given.seconds, given.rounds, not given.no_peers)
+    if given.part == "faults":
+        from benchmarks import serving_faults
+
+        found = serving_faults.run(given.minutes)
+        figures = serving_faults.keys(found)
+    else:
+        found = run(given.seconds, given.rounds, not given.no_peers)
+        figures = keys(found)
     result = {
-        **keys(found),
+        **figures,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": {"cpus": os.cpu_count(), "cpu": _cpu(), "load_average": os.getloadavg()},
         "versions": {

@@ -5,6 +5,8 @@
     GET  /v1/customers/{id}         a customer's features and scores
     GET  /v1/models                 the cards of what is served
     POST /v1/models/{name}/explain  what each feature adds to a row's score, and reasons in words
+    POST /v1/sentiment              texts, labelled; with /explain, what each token adds
+    POST /v1/graphql                the same, by GraphQL; and by gRPC, on a port of its own
     GET  /metrics                   for Prometheus
     GET  /healthz                   200 when every model is loaded and has passed its smoke test
     GET  /docs                      the OpenAPI page
@@ -33,7 +35,9 @@ from serving import haproxy
 from serving.access import AccessFiles
 from serving.gate import Gate
 from serving.online import Stores
-from serving.replica import Server, champions
+from serving.replica import champions
+from serving.rpc import SERVICER
+from serving.server import Server
 from serving.settings import Limits, Listener, Rollout, Running, ServingError, Settings
 
 APPLICATION = "liftyard"
@@ -149,14 +153,19 @@ def apply(
     Gate.opened(settings)
     if here is None:
         _require_files(listener)
-        _require_address(listener)
+        _require_address(listener.host, listener.port)
+        if listener.grpc_port is not None:
+            _require_address(listener.host, listener.grpc_port)
     _require_versions(settings)
     if settings.store is not None:
         Stores(Path(settings.store))
     if here is None:
         # Without TLS, Serve listens where clients connect.
-        port = listener.port if listener.tls is None else ports.free(1)[0]
-        host = listener.host if listener.tls is None else "127.0.0.1"
+        host, port, grpc_port = listener.host, listener.port, listener.grpc_port
+        if listener.tls is not None:
+            host = "127.0.0.1"
+            port, inner = ports.free(2)
+            grpc_port = None if grpc_port is None else inner
         wanted = Running(
             settings=settings,
             listener=listener,
@@ -165,7 +174,7 @@ def apply(
             code=_code(),
         )
         try:
-            _start(listener, host, port)
+            _start(listener, host, port, grpc_port)
             _deploy(wanted)
             _wait_until_ready(wanted, started + timeout_s)
         except BaseException:
@@ -252,14 +261,19 @@ def stop() -> None:
         engine.shutdown()
 
 
-def _start(listener: Listener, host: str, port: int) -> None:
+def _start(listener: Listener, host: str, port: int, grpc_port: int | None) -> None:
     """Starts Serve and its listener."""
     engine = _engine()
-    from ray.serve.config import HTTPOptions
+    from ray.serve.config import HTTPOptions, gRPCOptions
+
+    grpc = None
+    if grpc_port is not None:
+        grpc = gRPCOptions(port=grpc_port, grpc_servicer_functions=[SERVICER])
 
     engine.start(
         proxy_location="HeadOnly",
         http_options=HTTPOptions(host=host, port=port),
+        grpc_options=grpc,
         controller_options={"runtime_env": {"env_vars": haproxy.environment(listener)}},
     )
 
@@ -341,9 +355,8 @@ def _require_files(listener: Listener) -> None:
         ) from error
 
 
-def _require_address(listener: Listener) -> None:
+def _require_address(host: str, port: int) -> None:
     """Two listeners of Ray share a port without a word, and then answer 404 at random."""
-    host, port = listener.host, listener.port
     if host not in HOSTS or not 1 <= port <= 65_535:
         raise ServingError(
             f"can't listen on {host}:{port}: allowed are the hosts {HOSTS} (HAProxy reaches the "

@@ -21,6 +21,7 @@ from serving.settings import Listener, Rollout, Settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=1, le=65_535)]
 
 
 class _Model(BaseModel):
@@ -79,6 +80,12 @@ class Traces(_Model):
     sample: Share = settings.Traces.sample
 
 
+class Grpc(_Model):
+    """Where gRPC is listened for; on the same host and with the same TLS as HTTP."""
+
+    port: Port = 9000
+
+
 class Tls(_Model):
     """Files in PEM; with `clients_ca`, clients need a certificate too."""
 
@@ -91,7 +98,8 @@ class Serve(_Model):
     """A `serve.yaml`; relative paths start from its folder."""
 
     host: Literal["127.0.0.1", "0.0.0.0"] = "127.0.0.1"
-    port: Annotated[int, Field(ge=1, le=65_535)] | None = None
+    port: Port | None = None
+    grpc: Grpc | None = None
     cpus: Annotated[float, Field(gt=0)] = 1.0
     refresh_s: Annotated[float, Field(ge=0.1)] = 2.0
     shadow_log: str | None = None
@@ -101,6 +109,11 @@ class Serve(_Model):
     access: Access | None = None
     tls: Tls | None = None
     traces: Traces | None = None
+
+    @field_validator("grpc", mode="before")
+    @classmethod
+    def _nothing_said_is_the_default(cls, said: object) -> object:
+        return {} if said is None else said
 
     @field_validator("models", mode="before")
     @classmethod
@@ -161,4 +174,5 @@ class Serve(_Model):
         if self.tls is not None:
             said = self.tls.model_dump(exclude_none=True)
             tls = settings.Tls(**{key: str((folder / at).absolute()) for key, at in said.items()})
-        return Listener(host=self.host, port=self.port or port, tls=tls)
+        grpc_port = None if self.grpc is None else self.grpc.port
+        return Listener(host=self.host, port=self.port or port, grpc_port=grpc_port, tls=tls)

@@ -42,6 +42,8 @@ class Asked:
         who: The key's name or the token's subject, where one was shown and known.
         role: Of who was let in.
         trace: The trace's id, where traces are on.
+        way: How it came: "json", "arrow", "grpc" or "graphql".
+        body: What came with it, once that is read; the audit log keeps its digest.
         began: `time.perf_counter` on arrival.
     """
 
@@ -51,6 +53,8 @@ class Asked:
     who: str | None = None
     role: str | None = None
     trace: str | None = None
+    way: str = "json"
+    body: bytes | None = None
     began: float = field(default_factory=time.perf_counter)
 
 
@@ -250,7 +254,7 @@ class Gate:
         seconds = time.perf_counter() - asked.began
         # Any other name is the client's invention, and would grow the metrics without end.
         model = asked.model if asked.model in served else None
-        self.metrics.seen(asked.action or "other", model or "", status, seconds)
+        self.metrics.seen(asked.way, asked.action or "other", model or "", status, seconds)
         if self._traces is not None and asked.trace is not None:
             self._traces.end(
                 {"http.response.status_code": status, "enduser.id": asked.who},

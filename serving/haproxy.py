@@ -62,14 +62,17 @@ def _haproxy_environment(listener: Listener) -> dict[str, str]:
     if node is not None and node.is_head():
         # The cluster is this process's own, and ends before it.
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    metrics_port, stats_port = ports.free(2)
+    metrics_port, stats_port, fallback_port, fallback_grpc_port = ports.free(4)
     starter = folder / "haproxy"
     starter.write_text(
         _STARTER.format(
             python=sys.executable,
             binary=get_haproxy_binary(),
             ports=(metrics_port, stats_port),
-            address=f"{listener.host}:{listener.port}",
+            listen={
+                "http_frontend": f"{listener.host}:{listener.port}",
+                "grpc_frontend": f"{listener.host}:{listener.grpc_port}",
+            },
             tls=None if listener.tls is None else asdict(listener.tls),
             pem=str(folder / "server.pem"),
         )
@@ -85,6 +88,16 @@ def _haproxy_environment(listener: Listener) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # Where HAProxy sends what its replica doesn't take: on one fixed port, two clusters of a
+        # machine would answer for each other.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc_port),
+        # An HAProxy that was killed is replaced after three checks that fail; by itself Serve looks
+        # every 10 s.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+        # A replica that goes may close a connection just as a request comes; to ask again does no
+        # harm, since nothing that is asked here changes anything.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         # Until HAProxy has learned that the replica goes; 30 s is for load balancers elsewhere.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     }
@@ -110,11 +123,13 @@ _STARTER = textwrap.dedent(
             for name in ("certificate", "key"):
                 with open(tls[name]) as part:
                     pem.write(part.read().rstrip() + "\\n")
-        line = "    bind {address} ssl crt {pem} ssl-min-ver TLSv1.2 alpn http/1.1"
-        if tls["clients_ca"] is not None:
-            line += " ca-file " + tls["clients_ca"] + " verify required"
-        head = "frontend http_frontend\\n"
-        text = text.replace(head, head + line + "\\n", 1)
+        for frontend, address in {listen}.items():
+            protocol = "h2" if frontend == "grpc_frontend" else "http/1.1"
+            line = f"    bind {{address}} ssl crt {pem} ssl-min-ver TLSv1.2 alpn {{protocol}}"
+            if tls["clients_ca"] is not None:
+                line += " ca-file " + tls["clients_ca"] + " verify required"
+            head = f"frontend {{frontend}}\\n"
+            text = text.replace(head, head + line + "\\n", 1)
     with open(path, "w") as file:
         file.write(text)
     os.execv({binary!r}, [{binary!r}, *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""What Prometheus reads: requests by action, model and status, their times, and models' calls."""
+"""What Prometheus reads: requests by way in, action, model and status, times, models' calls."""
 
 from bisect import bisect_left
 from collections import Counter
@@ -18,16 +18,16 @@ class Metrics:
     """Counts in plain dictionaries, which a request waits less for than for a library's locks."""
 
     def __init__(self) -> None:
-        self._answers: Counter[tuple[str, str, int]] = Counter()
-        self._times: dict[tuple[str, str], list[int]] = {}
-        self._seconds: Counter[tuple[str, str]] = Counter()
+        self._answers: Counter[tuple[str, str, str, int]] = Counter()
+        self._times: dict[tuple[str, str, str], list[int]] = {}
+        self._seconds: Counter[tuple[str, str, str]] = Counter()
 
-    def seen(self, action: str, model: str, status: int, seconds: float) -> None:
+    def seen(self, way: str, action: str, model: str, status: int, seconds: float) -> None:
         """Counts an answered request; `model` is a served one's name, or empty."""
-        self._answers[action, model, status] += 1
-        times = self._times.setdefault((action, model), [0] * (len(BUCKETS) + 1))
+        self._answers[way, action, model, status] += 1
+        times = self._times.setdefault((way, action, model), [0] * (len(BUCKETS) + 1))
         times[bisect_left(BUCKETS, seconds)] += 1
-        self._seconds[action, model] += seconds  # type: ignore[assignment]
+        self._seconds[way, action, model] += seconds  # type: ignore[assignment]
 
     def text(self, models: "Models") -> bytes:
         """The exposition, with what is told of the models."""
@@ -45,19 +45,19 @@ class Metrics:
         )
 
         answers = CounterMetricFamily(
-            "liftyard_requests", "Answered requests", labels=("action", "model", "status")
+            "liftyard_requests", "Answered requests", labels=("way", "action", "model", "status")
         )
-        for (action, model, status), count in self._answers.items():
-            answers.add_metric((action, model, str(status)), count)
+        for (*asked, status), count in self._answers.items():
+            answers.add_metric((*asked, str(status)), count)
         times = HistogramMetricFamily(
-            "liftyard_request_seconds", "Seconds to an answer", labels=("action", "model")
+            "liftyard_request_seconds", "Seconds to an answer", labels=("way", "action", "model")
         )
-        for (action, model), counts in self._times.items():
+        for key, counts in self._times.items():
             total, buckets = 0, []
             for bound, count in zip((*map(str, BUCKETS), "+Inf"), counts, strict=True):
                 total += count
                 buckets.append((bound, total))
-            times.add_metric((action, model), buckets, self._seconds[action, model])
+            times.add_metric(key, buckets, self._seconds[key])
         versions = GaugeMetricFamily("liftyard_model_version", "Version served", labels=("model",))
         waiting = GaugeMetricFamily("liftyard_model_waiting", "Requests queued", labels=("model",))
         calls = CounterMetricFamily(

@@ -1,4 +1,4 @@
-"""The replica: the champions in memory, kept as the registry has them, and smoke-tested on load.
+"""The champions in memory, kept as the registry has them, and smoke-tested on load.
 
 Knows nothing of HTTP.
 """
@@ -19,7 +19,6 @@ from models.encoding import Encoder
 from models.registry import Card, Registry, RegistryError
 from models.scoring import Scorer
 from serving.batching import Batcher
-from serving.gate import Gate
 from serving.online import StoreError, Stores
 from serving.schema import RowReader, smoke_rows
 from serving.settings import Rollout, Settings
@@ -292,40 +291,6 @@ class Models:
             "refused_challengers": _told(self.refused_challengers),
             "not_applied": self.not_applied,
         }
-
-
-class Server:
-    """What Ray Serve makes a replica of."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.models = Models(settings)
-        self.gate = Gate(settings)
-        loop = asyncio.get_running_loop()
-        self._watch = [
-            loop.create_task(self.models.keep_fresh()),
-            loop.create_task(self.gate.keep_fresh()),
-        ]
-
-    async def reconfigure(self, running: dict[str, Any]) -> None:
-        """Takes other settings on; where that fails, /healthz says why and the former ones hold.
-
-        Called by Ray Serve, which would end a replica that raises here.
-        """
-        try:
-            settings = Settings.from_dict(running["settings"])
-            if settings != self.models.settings:
-                ready = await asyncio.to_thread(Gate.opened, settings)
-                await asyncio.to_thread(self.models.adapt, settings)
-                self.gate.adapt(settings, *ready)
-            self.models.not_applied = None
-        except (ValueError, OSError) as error:
-            log.error(f"the settings stay as they were: {error}")
-            self.models.not_applied = f"{type(error).__name__}: {error}"
-
-    def __serve_build_asgi_app__(self) -> Any:
-        from serving.routes import application
-
-        return application(self.models, self.gate)
 
 
 def _stores(settings: Settings) -> Stores | None:

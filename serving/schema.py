@@ -18,6 +18,8 @@ from models.encoding import Column, Encoder
 # A body's problems are listed up to here, and counted beyond.
 PROBLEMS_SHOWN = 100
 
+_MISSING = object()
+
 # What the encoder's float32 holds; beyond it a number would become an infinity in silence.
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -105,9 +107,17 @@ def parse(body: bytes, *, max_rows: int) -> list[Any]:
     if unknown := sorted(set(request) - {"rows"}):
         reason = "not known here; the body holds only 'rows'"
         raise RequestError([Problem(field=name, reason=reason) for name in unknown])
-    rows = request.get("rows")
+    return require_rows(request.get("rows", _MISSING), max_rows=max_rows)
+
+
+def require_rows(rows: Any, *, max_rows: int) -> list[Any]:
+    """The rows, not yet looked into, where they are a list of as many as may be.
+
+    Raises:
+        RequestError: They aren't.
+    """
     if not isinstance(rows, list) or not rows:
-        said = _said(rows) if "rows" in request else "missing"
+        said = "missing" if rows is _MISSING else _said(rows)
         raise RequestError(
             [Problem(field="rows", reason=f"is {said}; give a list of at least one row")]
         )

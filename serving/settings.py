@@ -131,12 +131,14 @@ class Listener:
 
     Attributes:
         host: "127.0.0.1", or "0.0.0.0" for every interface.
-        port: Port.
-        tls: None speaks plain HTTP.
+        port: Port of HTTP.
+        grpc_port: Port of gRPC, by the same TLS; None listens for none.
+        tls: None speaks without.
     """
 
     host: str = "127.0.0.1"
     port: int
+    grpc_port: int | None = None
     tls: Tls | None = None
 
     @property

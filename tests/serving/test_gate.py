@@ -92,8 +92,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         "  caller: {actions: [score], models: [lapse]}\n"
         "  slow: {actions: [score], requests_per_s: 0.01, burst: 2}\n"
         "  admin: {actions: [score, explain, models, metrics]}\n"
+        "  partly: {actions: [score, explain], hidden: [sp*]}\n"
+        "  blind: {actions: [explain], fields: []}\n"
     )
-    roles = ("caller", "slow", "admin")
+    roles = ("caller", "slow", "admin", "partly", "blind")
     keys = {role: add_key(folder / "keys.json", f"the-{role}", role) for role in roles}
     yield Place(uri=uri, folder=folder, keys=keys)
 
@@ -156,6 +158,32 @@ def test_each_gets_what_its_role_allows_and_a_line_in_the_log(place: Place) -> N
     ]
     assert (lines[1]["version"], lines[1]["rows"], lines[1]["model"]) == (1, 1, "lapse")
     assert not any(key in place.log.read_text() for key in place.keys.values())
+
+
+def test_an_explanation_shows_only_the_fields_that_a_role_may_see(place: Place) -> None:
+    shown = {}
+
+    async def use(client: httpx.AsyncClient) -> None:
+        for role in ("admin", "partly", "blind"):
+            answer = await client.post(
+                "/v1/models/lapse/explain", json={"rows": [ROW]}, headers=bearer(place.keys[role])
+            )
+            assert answer.status_code == 200
+            (shown[role],) = answer.json()["explanations"]
+
+    run(place.settings(), use)
+    every = shown["admin"]
+    assert set(every["contributions"]) == {"spend", "segment"}
+    assert {reason["feature"] for reason in every["reasons"]} <= {"spend", "segment"}
+    assert "spend" in {reason["feature"] for reason in every["reasons"]}
+    for role, names in (("partly", {"segment"}), ("blind", set())):
+        assert shown[role]["score"] == every["score"]
+        assert shown[role]["contributions"] == {
+            name: every["contributions"][name] for name in names
+        }
+        assert shown[role]["reasons"] == [
+            reason for reason in every["reasons"] if reason["feature"] in names
+        ]
 
 
 def test_no_answer_without_its_line_in_the_log(place: Place, tmp_path: Path) -> None:
@@ -237,9 +265,9 @@ def test_metrics_count_answers_by_model_and_not_invented_names(place: Place) -> 
             await client.post(f"/v1/models/{name}/score", json={"rows": [ROW, ROW]})
         text = (await client.get("/metrics")).text
         for line in (
-            'liftyard_requests_total{action="score",model="lapse",status="200"} 2.0',
-            'liftyard_requests_total{action="score",model="",status="404"} 1.0',
-            'liftyard_request_seconds_count{action="score",model="lapse"} 2.0',
+            'liftyard_requests_total{action="score",model="lapse",status="200",way="json"} 2.0',
+            'liftyard_requests_total{action="score",model="",status="404",way="json"} 1.0',
+            'liftyard_request_seconds_count{action="score",model="lapse",way="json"} 2.0',
             'liftyard_model_rows_total{model="lapse"} 4.0',
             'liftyard_model_version{model="churn"} 1.0',
         ):
@@ -298,7 +326,9 @@ def test_no_request_that_the_document_allows_or_forbids_fails(place: Place) -> N
             )
             assert answer.status_code < 500, (path, name, body, kind)
             if answer.status_code >= 400:
-                assert answer.json()["detail"]
+                # GraphQL has its own word for it.
+                told = answer.json()
+                assert told["errors" if path == "/v1/graphql" else "detail"]
             statuses.add(answer.status_code)
         assert statuses >= {200, 401, 403, 404, 422}
 
