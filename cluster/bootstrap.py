@@ -20,8 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -30,6 +28,7 @@ from typing import Any, Literal
 
 from cluster import ports
 from cluster.files import replace_text
+from cluster.notice import drain, notice
 
 Role = Literal["head", "worker"]
 
@@ -203,7 +202,7 @@ def lacking(node: Node, variables: Mapping[str, str]) -> str | None:
     for name in _secrets_asked(variables):
         if not os.access(variables[name], os.R_OK):
             return f"{variables[name]} ({name}), which isn't there or can't be read"
-    if (why := notice(node)) is not None:
+    if (why := notice(node.metadata)) is not None:
         return f"the machine to end: {why}"
     if node.role == "head":
         return None
@@ -221,33 +220,6 @@ def lacking(node: Node, variables: Mapping[str, str]) -> str | None:
         return f"a head at {node.head} of the same authority: {error.reason or error}"
     except OSError as error:
         return f"the head at {node.head}: {error}"
-    return None
-
-
-def notice(node: Node) -> str | None:
-    """Why the cloud is about to take the machine, or None.
-
-    Asks the metadata service (IMDSv2) for a spot notice and the group's lifecycle state. One that
-    doesn't answer is no notice: the fleet's keeper at the head hears of it too.
-    """
-    if node.metadata is None:
-        return None
-    try:
-        asked = urllib.request.Request(
-            f"{node.metadata}/latest/api/token",
-            method="PUT",
-            headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"},
-        )
-        with urllib.request.urlopen(asked, timeout=2) as answer:
-            token = answer.read().decode()
-        spot = _metadata(node.metadata, "spot/instance-action", token)
-        if spot is not None:
-            return f"spot notice {spot}"
-        group = _metadata(node.metadata, "autoscaling/target-lifecycle-state", token)
-        if group is not None and group.startswith("Terminated"):
-            return f"its group's target is {group}"
-    except OSError:
-        return None
     return None
 
 
@@ -291,7 +263,7 @@ def _join(node: Node, ended: threading.Event) -> str:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**SETTINGS, **os.environ},
+            env={**SETTINGS, **os.environ, "PATH": _path()},
         )
         lease: subprocess.Popen[bytes] | None = None
         ready, look_at, lease_at = False, 0.0, 0.0
@@ -316,10 +288,10 @@ def _join(node: Node, ended: threading.Event) -> str:
                         return DRAINED
                 elif time.monotonic() > look_at:
                     look_at = time.monotonic() + 5
-                    if (why := notice(node)) is not None:
+                    if (why := notice(node.metadata)) is not None:
                         leave_at = time.monotonic() + node.drain_s
                         report(node, "draining", why)
-                        drain(node, why)
+                        drain(node.head, node.address, within_s=node.drain_s, why=why)
             if leave_at is not None:
                 return DRAINED
             output.seek(0)
@@ -329,30 +301,6 @@ def _join(node: Node, ended: threading.Event) -> str:
             for process in (lease, ray):
                 if process is not None:
                     _end(process)
-
-
-def drain(node: Node, why: str) -> None:
-    """Tells Ray that this node goes: nothing new starts on it, and it leaves when it is idle.
-
-    Args:
-        node: The node.
-        why: For the log.
-    """
-    from ray import _raylet
-    from ray.core.generated import autoscaler_pb2
-
-    native: Any = _raylet
-    messages: Any = autoscaler_pb2
-    gcs = native.GcsClient(address=node.head)
-    for id, info in gcs.get_all_node_info().items():
-        # 0 is alive; a node of this address that died before is none of ours.
-        if info.node_manager_address == node.address and info.state == 0:
-            gcs.drain_node(
-                id.hex(),
-                messages.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
-                why,
-                int((time.time() + node.drain_s) * 1000),
-            )
 
 
 def report(node: Node, state: str, detail: str) -> None:
@@ -400,6 +348,11 @@ def _registered(node: Node) -> str:
     return "not yet in the head's list of nodes"
 
 
+def _path() -> str:
+    # Ray installs the wheels of packages by the `pip` that it finds.
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
 def _hold_lease(node: Node) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [
@@ -419,20 +372,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _metadata(url: str, path: str, token: str) -> str | None:
-    asked = urllib.request.Request(
-        f"{url}/latest/meta-data/{path}", headers={"X-aws-ec2-metadata-token": token}
-    )
-    try:
-        with urllib.request.urlopen(asked, timeout=2) as answer:
-            return str(answer.read().decode())
-    except urllib.error.HTTPError as error:
-        with error:
-            if error.code == 404:
-                return None
-        raise
 
 
 def _secrets_asked(variables: Mapping[str, str]) -> list[str]:

@@ -321,6 +321,8 @@ def _variables() -> dict[str, str | None]:
     """What the services' processes, and with them every Ray worker and job, find in theirs."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
+        # Ray installs the wheels of packages by the `pip` that it finds.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
         # Ray's zero-GPU tasks then keep CUDA_VISIBLE_DEVICES, and it doesn't warn of the change.

@@ -41,14 +41,17 @@ def main(database: str, locks: str, job: str, attempt: int) -> int:
             database,
             "UPDATE jobs SET claimed = ?, began = ? WHERE id = ? AND attempt = ?"
             " AND state = 'RUNNING' AND stop = 0 AND claimed < ? AND finished IS NULL"
-            " RETURNING spec",
+            " RETURNING spec, causes",
             (attempt, time.time(), job, attempt, attempt),
         )
         if claimed is None:
             print(f"attempt {attempt} of {job} isn't wanted any more: nothing is run", flush=True)
             return NOT_RUN
-        spec = json.loads(claimed)
-        code = _run(spec["command"], spec["folder"], spec["variables"], lock.fileno())
+        spec, causes = map(json.loads, claimed)
+        # The same in all attempts since the job was queued: of each, its cause is counted.
+        first = attempt - sum(causes.values())
+        variables = {**spec["variables"], "LIFTYARD_JOB": f"{job}-{first}"}
+        code = _run(spec["command"], spec["folder"], variables, lock.fileno())
         # One that was given up and did the job counts all the same.
         _write(
             database,
@@ -59,17 +62,17 @@ def main(database: str, locks: str, job: str, attempt: int) -> int:
         return code if code >= 0 else 128 - code
 
 
-def _write(database: str, statement: str, parameters: tuple[object, ...]) -> str | None:
-    """One statement, its first value; tries for as long as the database doesn't answer."""
+def _write(database: str, statement: str, parameters: tuple[object, ...]) -> tuple[str, ...] | None:
+    """One statement, its first row; tries for as long as the database doesn't answer."""
     if database.startswith("sqlite:///"):
         import sqlite3
 
         connection = sqlite3.connect(
             database.removeprefix("sqlite:///"), timeout=600, isolation_level=None
         )
-        row = connection.execute(statement, parameters).fetchone()
+        row: tuple[str, ...] | None = connection.execute(statement, parameters).fetchone()
         connection.close()
-        return None if row is None else str(row[0])
+        return row
     import psycopg
 
     while True:
@@ -77,7 +80,7 @@ def _write(database: str, statement: str, parameters: tuple[object, ...]) -> str
             with psycopg.connect(database, autocommit=True, connect_timeout=10) as remote:
                 row = remote.execute(statement.replace("?", "%s"), parameters).fetchone()
                 remote.execute("NOTIFY liftyard_queue")
-                return None if row is None else str(row[0])
+                return row
         except psycopg.OperationalError as error:
             print(f"the queue's database doesn't answer: {error}", file=sys.stderr, flush=True)
             time.sleep(2)

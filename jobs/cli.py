@@ -1,6 +1,8 @@
 """The command line, `liftyard`."""
 
+import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, cast
@@ -9,12 +11,13 @@ import typer
 
 from cluster import environment, local
 from cluster.device import Preference, choose
-from jobs import dispatch, queue, queue_cli, runs, scoring, sentiment_cli, serve_cli, show
+from jobs import dispatch, progress, queue, queue_cli, runs, scoring, sentiment_cli, serve_cli, show
 from jobs.console import HOME, RUNS, Env, From, Home, Resume, Runs, Set, console, errors, told
 from jobs.pipeline import execute
 from jobs.pipeline_file import load
 from jobs.report import write as write_report
 from models.registry import Registry
+from serving.client import API_KEY, Client
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(queue_cli.app)
@@ -45,6 +48,7 @@ def run(
     ] = "auto",
     home: Home = HOME,
     runs_root: Runs = RUNS,
+    queued: Annotated[bool, typer.Option("--queued", hidden=True)] = False,
 ) -> None:
     """Run a pipeline, from its sources to served scores and a report."""
     # Who stops a job sends TERM: the run then ends as it does on Ctrl-C.
@@ -53,10 +57,14 @@ def run(
         declared = load(pipeline, overrides or [])
         where = environment.load(env, home=home)
         chosen = choose(cast(Preference, device))
-        if again_from is not None and resume is None:
+        # As `liftyard submit` queues it: an attempt goes on with the run of the one before.
+        job = os.environ.get("LIFTYARD_JOB") if queued else None
+        if job is not None and (begun := runs.begun(runs_root, job)) is not None:
+            resume, again_from = begun, None
+        elif again_from is not None and resume is None:
             resume = runs.latest(runs_root, declared.name)
         started = (
-            runs.start(runs_root, pipeline=declared.name, seed=declared.seed)
+            runs.start(runs_root, pipeline=declared.name, seed=declared.seed, job=job)
             if resume is None
             else runs.resume(
                 runs_root,
@@ -64,6 +72,7 @@ def run(
                 pipeline=declared.name,
                 seed=declared.seed,
                 again_from=again_from,
+                job=job,
             )
         )
         console.print(f"run {started.run_id} on {chosen.kind}: {chosen.reason}", soft_wrap=True)
@@ -165,13 +174,38 @@ def score(
     model: Annotated[str, typer.Option(help="The model.")],
     out: Annotated[Path, typer.Option(help="CSV or Parquet: the rows and their `score`.")],
     version: Annotated[int | None, typer.Option(help="Default: the champion.")] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help=f"A service that scores, such as http://127.0.0.1:8000; its key is in {API_KEY}. "
+            "Default: the registry's model, in this process."
+        ),
+    ] = None,
+    batch_rows: Annotated[
+        int, typer.Option(min=1, help="Rows scored at once, and kept for a run that goes on.")
+    ] = scoring.BATCH_ROWS,
     env: Env = None,
     home: Home = HOME,
 ) -> None:
-    """Score the rows of a file with a registered model, in this process."""
-    with told(), console.status(f"scoring {file}"):
-        done = scoring.score_file(file, out, _registry(env, home), model, version=version)
-    console.print(f"{done.rows:,} rows by {model} version {done.version}: {out}", soft_wrap=True)
+    """Score the rows of a file; run again after a stop, and it goes on where it was."""
+    with told(), ExitStack() as stack:
+        if url is not None and version is not None:
+            raise ValueError("--url has the service's version: leave --version out, or --url")
+        on_start, on_done = stack.enter_context(progress.counted("rows", console))
+        if url is None:
+            by = scoring.by_registry(_registry(env, home), model, version)
+        else:
+            client = stack.enter_context(Client(url, key=os.environ.get(API_KEY)))
+            by = scoring.by_service(client, model, key=str(out))
+        done = scoring.score_file(
+            file, out, by, batch_rows=batch_rows, on_start=on_start, on_done=on_done
+        )
+    again = f" ({done.resumed:,} of an earlier run)" if done.resumed else ""
+    console.print(
+        f"{done.rows:,} rows{again} by {by.model} version {by.version} in {done.seconds:.1f} s: "
+        f"{out}",
+        soft_wrap=True,
+    )
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

@@ -76,7 +76,7 @@ def connect(url: str) -> Database:
             `postgresql://…` as libpq takes it.
 
     Raises:
-        ValueError: It is neither, or PostgreSQL's driver isn't installed.
+        ValueError: It is neither.
     """
     if url.startswith(SQLITE + "/"):
         return Sqlite(Path(url.removeprefix(SQLITE)))
@@ -136,12 +136,8 @@ class Postgres:
     """A PostgreSQL database."""
 
     def __init__(self, url: str) -> None:
-        try:
-            import psycopg
-        except ImportError:
-            raise ValueError(
-                "a queue in PostgreSQL needs its driver: pip install 'psycopg[binary]'"
-            ) from None
+        import psycopg
+
         self._psycopg: Any = psycopg
         self._url = url
         parts = urlsplit(url)

@@ -1,15 +1,16 @@
 """A team's own jobs: a folder with a `pyproject.toml` that names them.
 
     [tool.liftyard]
-    packages = ["retention"]            # folders, or wheels, beside the file
-    requirements = ["lifelines==0.30"]  # what pip adds to the cluster's own packages
+    packages = ["retention"]            # folders of packages beside the file
+    requirements = ["lifelines==0.30"]  # what pip adds to the packages that are here; wheels too
 
     [tool.liftyard.jobs.win-back]
     module = "retention.win_back"       # run as `python -m`
     cpus = 2
 
 What is submitted is a copy, named by its content: a change to the package doesn't reach jobs that
-wait, and makes another job. Knows nothing of what the jobs do.
+wait, and makes another job. What is required is in the copy (`jobs/requirements.py`). Knows nothing
+of what the jobs do.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import pydantic
 
+from jobs import requirements
 from models.naming import suggestion
 
 FILE = "pyproject.toml"
@@ -39,8 +41,7 @@ class Registered:
 
     Attributes:
         command: Program and arguments.
-        packages: Copies of its packages, absolute.
-        requirements: What pip adds.
+        packages: Copies of its packages, absolute; one is a wheel of all that it requires.
         cpus: CPUs that it is reckoned to take.
         gpus: GPUs, likewise.
         timeout_s: Seconds that an attempt may run; None has no limit.
@@ -49,7 +50,6 @@ class Registered:
 
     command: tuple[str, ...]
     packages: tuple[str, ...]
-    requirements: tuple[str, ...]
     cpus: float
     gpus: float
     timeout_s: float | None
@@ -85,6 +85,7 @@ def registered(folder: Path, name: str, *, copies: Path) -> Registered:
     Raises:
         PackageError: There is no such file, table or job, or a package isn't there or has a name
             of ours.
+        RequirementsError: What it requires can't be had, or is here in another version.
         OSError: A package can't be copied.
     """
     file = folder / FILE
@@ -106,13 +107,13 @@ def registered(folder: Path, name: str, *, copies: Path) -> Registered:
             f"{file} names no job {name!r}: there are {', '.join(read.jobs)}"
             f"{suggestion(name, read.jobs)}"
         )
-    # Another Python where pip adds something: Ray's own for the job, which PATH then names.
-    python = "python" if read.requirements else sys.executable
+    packages = [_copied(file, folder / each, copies.resolve()) for each in read.packages]
+    added = requirements.bundled(read.requirements, folder, copies=copies.resolve())
+    packages += [] if added is None else [added]
     return Registered(
         # -P: the copy counts, and not what the working folder has of that name.
-        command=(python, "-P", "-m", job.module),
-        packages=tuple(_copied(file, folder / each, copies.resolve()) for each in read.packages),
-        requirements=tuple(read.requirements),
+        command=(sys.executable, "-P", "-m", job.module),
+        packages=tuple(packages),
         cpus=job.cpus,
         gpus=job.gpus,
         timeout_s=job.timeout_s,
@@ -126,15 +127,13 @@ def _copied(file: Path, package: Path, copies: Path) -> str:
             f"{file}: package {package.name!r} has a name of liftyard's own: rename it; taken are "
             f"{', '.join(OURS)}"
         )
-    whole = (package / "__init__.py").is_file()
-    if not whole and not (package.suffix == ".whl" and package.is_file()):
+    if not (package / "__init__.py").is_file():
         raise PackageError(
-            f"{file}: package {str(package)!r} is neither a folder with an __init__.py nor a wheel"
+            f"{file}: package {str(package)!r} isn't a folder with an __init__.py; a wheel goes "
+            "among `requirements`"
         )
     files = sorted(
-        path
-        for path in (package.rglob("*") if whole else [package])
-        if path.is_file() and "__pycache__" not in path.parts
+        path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts
     )
     digest = hashlib.sha256()
     for path in files:

@@ -62,9 +62,8 @@ class Spec:
         command: Program and arguments.
         folder: Working directory, absolute.
         variables: Environment variables on top of the node's; `PYTHONPATH` goes before the node's.
-        packages: Folders of Python packages, or wheels, that the job and its tasks on the cluster
-            import; absolute.
-        requirements: What pip installs for the job and its tasks, as `["lifelines==0.30"]`.
+        packages: Folders of Python packages, or wheels without requirements, that the job and its
+            tasks on the cluster import; absolute.
         team: Whose quota and share it counts on.
         priority: Higher goes first.
         cpus: CPUs that the job and its work on the cluster are reckoned to take.
@@ -80,7 +79,6 @@ class Spec:
     folder: str
     variables: Mapping[str, str] = field(default_factory=dict)
     packages: tuple[str, ...] = ()
-    requirements: tuple[str, ...] = ()
     team: str = "default"
     priority: int = 0
     cpus: float = 1.0

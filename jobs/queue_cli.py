@@ -76,12 +76,7 @@ def submit(
             home,
             pipeline={"--runs": runs_root.resolve(), "--from": again_from, "--resume": resume},
             overrides=overrides or [],
-            given={
-                "timeout_s": timeout,
-                "retries": None if retries is None else _retries(retries),
-                "cpus": cpus,
-                "gpus": gpus,
-            },
+            given={"timeout_s": timeout, "retries": _retries(retries), "cpus": cpus, "gpus": gpus},
             fixed={"priority": priority, "team": team, "after": tuple(after or ()), "key": key},
         )
         there = queue.of(where)
@@ -188,12 +183,7 @@ def add(
             home,
             pipeline={"--runs": runs_root.resolve()},
             overrides=overrides or [],
-            given={
-                "timeout_s": timeout,
-                "retries": None if retries is None else _retries(retries),
-                "cpus": cpus,
-                "gpus": gpus,
-            },
+            given={"timeout_s": timeout, "retries": _retries(retries), "cpus": cpus, "gpus": gpus},
             fixed={"priority": priority, "team": team},
         )
         due = queue.of(where).set_schedule(name, cron, spec, zone=zone)
@@ -247,7 +237,6 @@ def _spec(
         found = package.registered(Path(folder), name, copies=home / "packages")
         declared = {
             "packages": found.packages,
-            "requirements": found.requirements,
             "cpus": found.cpus,
             "gpus": found.gpus,
             "timeout_s": found.timeout_s,
@@ -266,7 +255,8 @@ def _spec(
         words = [str(each) for pair in options.items() if pair[1] is not None for each in pair]
         words += [word for each in overrides for word in ("--set", each)]
         # -P: a folder `jobs` of the user's isn't ours.
-        run = (sys.executable, "-P", "-m", "jobs.cli", "run", str(Path(what).resolve()))
+        file = str(Path(what).resolve())
+        run = (sys.executable, "-P", "-m", "jobs.cli", "run", file, "--queued")
         command, declared = (*run, *words), {}
     chosen = {**declared, **{key: value for key, value in given.items() if value is not None}}
     return Spec(
@@ -278,7 +268,9 @@ def _spec(
     )
 
 
-def _retries(given: list[str]) -> dict[str, int]:
+def _retries(given: list[str] | None) -> dict[str, int] | None:
+    if given is None:
+        return None
     found = {"lost": 5}
     for each in given:
         cause, _, count = each.partition("=")

@@ -53,6 +53,7 @@ class Run:
         pipeline: The pipeline's name.
         seed: The pipeline's seed.
         git_revision: The code's, `-dirty` where files differ from it.
+        job: The queued job that it is of, as `LIFTYARD_JOB` names it; None if it is of none.
         attempt: 1, and one more each time that finished steps were done again (`again_from`).
         status: `running`, `finished`, `failed` or `interrupted`.
         steps: What it finished.
@@ -63,6 +64,7 @@ class Run:
     pipeline: str
     seed: int
     git_revision: str
+    job: str | None = None
     attempt: int = 1
     status: str = "running"
     steps: tuple[Step, ...] = ()
@@ -105,8 +107,14 @@ class Run:
         return run
 
 
-def start(root: Path, *, pipeline: str, seed: int) -> Run:
+def start(root: Path, *, pipeline: str, seed: int, job: str | None = None) -> Run:
     """Make a new run's folder below `root`.
+
+    Args:
+        root: Folder of the runs.
+        pipeline: The pipeline's name.
+        seed: Its seed.
+        job: The queued job that the run is of.
 
     Raises:
         OSError: The folder can't be written.
@@ -115,7 +123,12 @@ def start(root: Path, *, pipeline: str, seed: int) -> Run:
     folder = root / run_id
     folder.mkdir(parents=True)
     run = Run(
-        folder=folder, run_id=run_id, pipeline=pipeline, seed=seed, git_revision=_git_revision()
+        folder=folder,
+        run_id=run_id,
+        pipeline=pipeline,
+        seed=seed,
+        git_revision=_git_revision(),
+        job=job,
     )
     return run._save()
 
@@ -140,18 +153,34 @@ def latest(root: Path, pipeline: str) -> str:
     Raises:
         RunError: It has none.
     """
+    found = _newest(root, "pipeline", pipeline)
+    if found is None:
+        raise RunError(f"pipeline {pipeline!r} has no run in {root}; run it without --from first")
+    return found
+
+
+def begun(root: Path, job: str) -> str | None:
+    """The id of the run that an earlier attempt of a queued job began or took up; None if none."""
+    return _newest(root, "job", job)
+
+
+def _newest(root: Path, key: str, value: str) -> str | None:
     found = [
         path.parent.name
         for path in root.glob("*/summary.json")
-        if json.loads(path.read_text(encoding="utf-8"))["pipeline"] == pipeline
+        if json.loads(path.read_text(encoding="utf-8")).get(key) == value
     ]
-    if not found:
-        raise RunError(f"pipeline {pipeline!r} has no run in {root}; run it without --from first")
-    return max(found)
+    return max(found, default=None)
 
 
 def resume(
-    root: Path, run_id: str, *, pipeline: str, seed: int, again_from: str | None = None
+    root: Path,
+    run_id: str,
+    *,
+    pipeline: str,
+    seed: int,
+    again_from: str | None = None,
+    job: str | None = None,
 ) -> Run:
     """Take up a run where it stopped.
 
@@ -161,6 +190,7 @@ def resume(
         pipeline: The pipeline's name.
         seed: Its seed.
         again_from: Forget this step and those after it, and what they had begun.
+        job: The queued job that takes it up.
 
     Raises:
         RunError: There is no such run, it is another pipeline's or seed's, or there is no step
@@ -188,7 +218,7 @@ def resume(
         content["attempt"] += 1
     for key in SUMMARY:
         content.pop(key, None)
-    content["status"] = "running"
+    content |= {"status": "running", "job": job}
     return Run(folder=file.parent, steps=steps, **content)._save()
 
 

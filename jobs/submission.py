@@ -31,8 +31,6 @@ class RayJobs:
         needs: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
         if spec.packages:
             needs["py_modules"] = list(spec.packages)
-        if spec.requirements:
-            needs["pip"] = list(spec.requirements)
         try:
             self._connected().submit_job(entrypoint=entrypoint, submission_id=id, runtime_env=needs)
         except RuntimeError as error:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What a container of the image is: the head, a worker, the fleet's keeper or the MLflow server.
+# What a container of the image is: the head, a worker, the fleet's keeper, the queue's dispatcher, the
+# MLflow server, or what makes the queue's database.
 # Everything else comes by environment variables (infra/README.md); one that is missing is named
 # before anything starts.
 set -euo pipefail
@@ -44,6 +45,17 @@ case $role in
     readable RAY_AUTH_TOKEN_PATH RAY_TLS_CA_CERT RAY_TLS_SERVER_CERT RAY_TLS_SERVER_KEY
     exec python "$(dirname "$0")/fleet.py" "$@"
     ;;
+  dispatcher)
+    need LIFTYARD_QUEUE_URL LIFTYARD_HEAD_HOST LIFTYARD_DASHBOARD_PORT
+    readable RAY_AUTH_TOKEN_PATH PGPASSFILE PGSSLROOTCERT
+    exec python -m jobs.dispatch --queue "$LIFTYARD_QUEUE_URL" \
+      --dashboard "http://$LIFTYARD_HEAD_HOST:$LIFTYARD_DASHBOARD_PORT" "$@"
+    ;;
+  queue)
+    need LIFTYARD_DATABASE_URL
+    readable PGPASSFILE LIFTYARD_QUEUE_PASSWORD
+    exec python "$(dirname "$0")/queue_database.py" "$@"
+    ;;
   tracking)
     need LIFTYARD_TRACKING_HOST LIFTYARD_TRACKING_PORT LIFTYARD_ARTIFACTS_ROOT LIFTYARD_DATABASE_URL
     readable PGPASSFILE
@@ -54,10 +66,10 @@ case $role in
       --artifacts-destination "$LIFTYARD_ARTIFACTS_ROOT" "$@"
     ;;
   help | --help | -h)
-    echo "usage: entrypoint.sh head|worker|fleet|tracking [option…], configured by environment variables (infra/README.md)"
+    echo "usage: entrypoint.sh head|worker|fleet|dispatcher|tracking|queue [option…], configured by environment variables (infra/README.md)"
     ;;
   *)
-    echo "entrypoint: role '$role': allowed are head, worker, fleet, tracking and help" >&2
+    echo "entrypoint: role '$role': allowed are head, worker, fleet, dispatcher, tracking, queue and help" >&2
     exit 64
     ;;
 esac

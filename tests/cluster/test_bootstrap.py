@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 
 from cluster import bootstrap, local, ports, session
+from cluster.notice import notice
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLD = {
@@ -105,15 +105,15 @@ def test_waits_for_secrets_then_for_the_head(tmp_path: Path) -> None:
 
 def test_a_notice_is_seen(metadata: str) -> None:
     node = bootstrap.read("head", {**TOLD, "LIFTYARD_METADATA_URL": metadata})
-    assert bootstrap.notice(node) is None
+    assert notice(metadata) is None
     Metadata.answers["autoscaling/target-lifecycle-state"] = "Terminated"
-    assert bootstrap.notice(node) == "its group's target is Terminated"
+    assert notice(metadata) == "its group's target is Terminated"
     Metadata.answers["spot/instance-action"] = '{"action": "terminate"}'
-    assert bootstrap.notice(node) == 'spot notice {"action": "terminate"}'
+    assert notice(metadata) == 'spot notice {"action": "terminate"}'
     assert "the machine to end: spot notice" in str(bootstrap.lacking(node, {}))
     # No metadata service is no notice.
-    assert bootstrap.notice(replace(node, metadata="http://127.0.0.1:1")) is None
-    assert bootstrap.notice(replace(node, metadata=None)) is None
+    assert notice("http://127.0.0.1:1") is None
+    assert notice(None) is None
 
 
 def _until(found: Callable[[], Any]) -> Any:

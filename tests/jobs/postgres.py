@@ -16,7 +16,6 @@ from cluster import ports
 @contextmanager
 def serving() -> Iterator[str]:
     """Runs a server; yields the address of an empty database. Skips where there is none to run."""
-    pytest.importorskip("psycopg", reason="PostgreSQL's driver isn't installed")
     versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     found = shutil.which("initdb") or (str(versions[-1]) if versions else None)
     if found is None:

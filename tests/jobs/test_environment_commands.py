@@ -1,7 +1,9 @@
 """The commands of an environment that stays, as a user types them, on a real cluster."""
 
 import json
+import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typer.testing import CliRunner, Result
 from cluster import environment, storage
 from jobs import queue
 from jobs.cli import app
-from tests.jobs import shop
+from tests.jobs import shop, wheels
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,6 +146,41 @@ def test_a_stopped_job_leaves_an_interrupted_run_that_resumes(folder: Path, job:
     assert result.exit_code == 1 and "was begun with" in re.sub(r"\s+", " ", result.stderr)
 
 
+def test_a_killed_attempt_is_gone_on_with(folder: Path, job: str) -> None:
+    runs = folder / "killed"
+    longer = ("--set", "sweep.families.boosting.packs=12", "--runs", str(runs))
+    id = said(liftyard(folder, "submit", str(folder / "shop.yaml"), *longer)).strip()
+    jobs = queue.of(environment.load("local", home=folder / "home"))
+    while not (begun := [file for file in runs.glob("*/sweep-lapse.jsonl") if file.read_text()]):
+        assert not jobs.find(id).over, jobs.find(id).message
+        time.sleep(0.05)
+    (attempt,) = [
+        int(process.parent.name)
+        for process in Path("/proc").glob("[0-9]*/cmdline")
+        if process.read_bytes().endswith(f"\0{id}\0001\0".encode())
+    ]
+    os.kill(attempt, signal.SIGKILL)
+    variants = begun[0].read_text().splitlines()
+    summary = begun[0].with_name("summary.json")
+    before = json.loads(summary.read_text())
+    while not (found := jobs.find(id)).over:
+        time.sleep(0.1)
+    assert (found.state, found.attempt, found.causes) == ("SUCCEEDED", 2, {"lost": 1})
+    # The same run: what was finished is as it was.
+    after = json.loads(summary.read_text())
+    assert list(runs.glob("*/summary.json")) == [summary]
+    assert (before["status"], after["status"]) == ("running", "finished")
+    done = len(before["steps"])
+    assert [step["name"] for step in before["steps"]] == [
+        "ingest",
+        "validate",
+        "features",
+        "training",
+    ]
+    assert after["steps"][:done] == before["steps"]
+    assert begun[0].read_text().splitlines()[: len(variants)] == variants
+
+
 def test_unknown_jobs_are_told(folder: Path, job: str) -> None:
     for command in ("logs", "stop"):
         result = liftyard(folder, command, "nope")
@@ -215,3 +252,39 @@ def test_a_job_of_a_package(folder: Path, job: str) -> None:
     assert row.spec.timeout_s == 600 and "retention.win_back" in row.spec.command
     wrong = CliRunner().invoke(app, [*command[:3], f"{ROOT / 'examples' / 'retention'}:win-bak"])
     assert "did you mean 'win-back'" in re.sub(r"\s+", " ", wrong.stderr)
+
+
+def test_what_a_package_requires_is_on_the_cluster(
+    folder: Path, job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the job and in its tasks, though no node has an index."""
+    wheels.make(tmp_path / "index", "survival_tiny", "2", code="def curve(): return 41")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    team = tmp_path / "team"
+    (team / "cohorts").mkdir(parents=True)
+    (team / "cohorts" / "__init__.py").touch()
+    (team / "cohorts" / "curve.py").write_text(COHORTS)
+    (team / "pyproject.toml").write_text(
+        '[tool.liftyard]\npackages = ["cohorts"]\nrequirements = ["survival_tiny"]\n'
+        '[tool.liftyard.jobs.curve]\nmodule = "cohorts.curve"\n'
+    )
+    id = said(liftyard(folder, "submit", f"{team}:curve")).strip()
+    assert "curve of a task: 41" in said(liftyard(folder, "logs", id, "-f"))
+
+
+COHORTS = """
+import ray, survival_tiny
+from cluster import environment, session
+
+def task():
+    import survival_tiny
+    return survival_tiny.curve()
+
+if __name__ == "__main__":
+    import os
+    from pathlib import Path
+    where = environment.load(os.environ["LIFTYARD_ENV"], home=Path(os.environ["LIFTYARD_HOME"]))
+    with session.connect(address=where.ray_address):
+        print("curve of a task:", ray.get(ray.remote(task).remote()))
+"""

@@ -14,25 +14,27 @@ import pytest
 from cluster import environment, local, supervisor
 from jobs import queue as queues
 from jobs import submission
-from jobs.queue import Spec
+from jobs.queue import Queue, Spec
+from tests.jobs.postgres import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    home = tmp_path / "home"
-    local.up(home, cpus=2)
-    yield home
-    local.down(home)
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("queue")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
+        patch.delenv("RAY_AUTH_TOKEN", raising=False)
+        local.up(folder / "home", cpus=2)
+        yield folder / "home"
+        local.down(folder / "home")
 
 
-def _dispatcher(home: Path) -> subprocess.Popen[bytes]:
+def _dispatcher(home: Path, url: str | None = None) -> subprocess.Popen[bytes]:
     where = environment.load("local", home=home)
-    command = [sys.executable, "-m", "jobs.dispatch", f"--queue={where.queue}"]
+    command = [sys.executable, "-m", "jobs.dispatch", f"--queue={url or where.queue}"]
     return subprocess.Popen([*command, f"--dashboard={where.dashboard_url}"], cwd=ROOT)
 
 
@@ -41,6 +43,42 @@ def _until(found: Callable[[], Any]) -> None:
     while not found():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.timeout(240)
+def test_jobs_in_postgresql_arrive_once_though_the_dispatcher_dies(
+    home: Path, tmp_path: Path
+) -> None:
+    ran = tmp_path / "ran"
+    with serving() as url:
+        queue = Queue(url)
+        ids = [
+            queue.submit(
+                Spec(
+                    command=("sh", "-c", f"echo began >> {ran}; sleep 0.5; echo j{n} >> {ran}"),
+                    folder=str(tmp_path),
+                    cpus=1,
+                )
+            )
+            for n in range(6)
+        ]
+
+        def any_is(state: str) -> bool:
+            return any(queue.find(id).state == state for id in ids)
+
+        # Decided, and perhaps handed over; begun; ended, with others that are under way.
+        for point in (lambda: any_is("RUNNING"), ran.exists, lambda: any_is("SUCCEEDED")):
+            with _dispatcher(home, url) as killed:
+                _until(point)
+                killed.kill()
+        with _dispatcher(home, url) as last:
+            _until(lambda: all(queue.find(id).over for id in ids))
+            last.terminate()
+            assert last.wait(20) == 0
+        found = [queue.find(id) for id in ids]
+    assert [(job.state, job.attempt, job.causes) for job in found] == [("SUCCEEDED", 1, {})] * 6
+    lines = ran.read_text(encoding="utf-8").split()
+    assert sorted(lines) == ["began"] * 6 + [f"j{n}" for n in range(6)]
 
 
 @pytest.mark.timeout(240)

@@ -32,6 +32,14 @@ module "network" {
   log_days           = var.log_days
 }
 
+# Made at each run and used at the first: Terraform keeps them in neither plan nor state.
+ephemeral "aws_secretsmanager_random_password" "this" {
+  for_each = toset(["queue", "token"])
+
+  password_length     = 64
+  exclude_punctuation = true
+}
+
 module "tracking" {
   source = "../../modules/tracking"
 
@@ -50,6 +58,7 @@ module "tracking" {
   image                = "${local.image}-cpu"
   repository_arn       = module.storage.repository_arn
   database             = var.database
+  queue_password       = ephemeral.aws_secretsmanager_random_password.this["queue"].random_password
   alarm_topic_arns     = [aws_sns_topic.alarms.arn]
   log_days             = var.log_days
 }
@@ -74,12 +83,6 @@ module "serving" {
   log_days               = var.log_days
 }
 
-# Made at each run and used at the first: Terraform keeps it in neither plan nor state.
-ephemeral "aws_secretsmanager_random_password" "token" {
-  password_length     = 64
-  exclude_punctuation = true
-}
-
 module "cluster" {
   source = "../../modules/cluster"
 
@@ -97,7 +100,9 @@ module "cluster" {
   tracking_uri            = module.tracking.tracking_uri
   serve_target_group_arns = [module.serving.target_group_arn]
   cpu_ami_id              = data.aws_ssm_parameter.ami["cpu"].insecure_value
-  token                   = ephemeral.aws_secretsmanager_random_password.token.random_password
+  queue_url               = module.tracking.queue_url
+  queue_secret_arn        = module.tracking.queue_secret_arn
+  token                   = ephemeral.aws_secretsmanager_random_password.this["token"].random_password
   gpu_ami_id              = data.aws_ssm_parameter.ami["gpu"].insecure_value
   image                   = "${local.image}-cpu"
   gpu_image               = "${local.image}-cuda"

@@ -7,6 +7,7 @@ output "environment" {
     tracking_uri  = module.tracking.tracking_uri
     storage_root  = module.storage.storage_root
     serve_url     = module.serving.serve_url
+    queue         = module.tracking.queue_url
   }
 }
 
@@ -28,4 +29,14 @@ output "autoscaling_groups" {
 output "token_secret_arn" {
   description = "Secret with Ray's token."
   value       = module.cluster.token_secret_arn
+}
+
+output "queue_secret_arn" {
+  description = "Secret with the password of the queue's user."
+  value       = module.tracking.queue_secret_arn
+}
+
+output "submitters_security_group_id" {
+  description = "Security group of machines that may queue jobs."
+  value       = module.network.security_group_ids["submitters"]
 }

@@ -27,6 +27,8 @@ locals {
     log_group        = aws_cloudwatch_log_group.this.name
     name             = var.name
     ports            = var.ports
+    queue_secret_arn = var.queue_secret_arn
+    queue_url        = var.queue_url
     region           = local.region
     storage_root     = var.storage_root
     token_secret_arn = aws_secretsmanager_secret.token.arn

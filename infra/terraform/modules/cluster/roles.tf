@@ -73,6 +73,12 @@ data "aws_iam_policy_document" "head" {
   }
 
   statement {
+    sid       = "QueuePassword"
+    actions   = ["secretsmanager:GetSecretValue"]
+    resources = [var.queue_secret_arn]
+  }
+
+  statement {
     sid     = "Workers"
     actions = ["autoscaling:CompleteLifecycleAction", "autoscaling:SetDesiredCapacity", "autoscaling:TerminateInstanceInAutoScalingGroup"]
     resources = [

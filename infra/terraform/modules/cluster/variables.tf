@@ -99,6 +99,21 @@ variable "token" {
   }
 }
 
+variable "queue_url" {
+  description = "The queue's address in PostgreSQL, without its password."
+  type        = string
+
+  validation {
+    condition     = startswith(var.queue_url, "postgresql://") && !can(regex("//[^@/]*:[^@/]*@", var.queue_url))
+    error_message = "queue_url begins with postgresql:// and has no password."
+  }
+}
+
+variable "queue_secret_arn" {
+  description = "Secret with the password of the queue's user."
+  type        = string
+}
+
 variable "storage_root" {
   description = "Where the tables lie, s3://BUCKET"
   type        = string

@@ -14,7 +14,7 @@ output "public_subnet_ids" {
 }
 
 output "security_group_ids" {
-  description = "Security groups by name: balancer, nodes, tracking, database, endpoints."
+  description = "Security groups by name: balancer, nodes, tracking, database, endpoints, submitters."
   value       = { for name, group in aws_security_group.this : name => group.id }
 }
 

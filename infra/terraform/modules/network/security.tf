@@ -1,25 +1,30 @@
 # Who may talk to whom. Every rule is one line of the tables below; there are no others.
 #
 # Whoever reaches a Ray, Dask or MLflow port can run code or read models, so those ports answer
-# nodes only. People come in by the balancer, or by a session of Systems Manager.
+# nodes only. People come in by the balancer, or by a session of Systems Manager. Machines in the group
+# `submitters` may queue jobs, and no more.
 
 locals {
   groups = {
     balancer  = "Balancer: HTTPS from named clients, on to Serve"
     nodes     = "Ray and Dask nodes: among themselves, and Serve to the balancer"
     tracking  = "MLflow server: from nodes only"
-    database  = "PostgreSQL: from the MLflow server only"
+    database  = "PostgreSQL: from the MLflow server, and for the queue from nodes and submitters"
     endpoints = "AWS services inside the VPC: from nodes and the MLflow server"
+    # Nothing here is in it.
+    submitters = "Machines that may queue jobs"
   }
 
   # Who is called, by whom (a group), on which ports.
   calls = {
-    "balancer-serve"     = { to = "nodes", by = "balancer", from_port = var.ports.serve, to_port = var.ports.serve, what = "Serve" }
-    "nodes-nodes"        = { to = "nodes", by = "nodes", from_port = 1024, to_port = 65535, what = "Ray and Dask" }
-    "nodes-tracking"     = { to = "tracking", by = "nodes", from_port = var.ports.tracking, to_port = var.ports.tracking, what = "MLflow" }
-    "tracking-database"  = { to = "database", by = "tracking", from_port = 5432, to_port = 5432, what = "PostgreSQL" }
-    "nodes-endpoints"    = { to = "endpoints", by = "nodes", from_port = 443, to_port = 443, what = "AWS services" }
-    "tracking-endpoints" = { to = "endpoints", by = "tracking", from_port = 443, to_port = 443, what = "AWS services" }
+    "balancer-serve"      = { to = "nodes", by = "balancer", from_port = var.ports.serve, to_port = var.ports.serve, what = "Serve" }
+    "nodes-nodes"         = { to = "nodes", by = "nodes", from_port = 1024, to_port = 65535, what = "Ray and Dask" }
+    "nodes-tracking"      = { to = "tracking", by = "nodes", from_port = var.ports.tracking, to_port = var.ports.tracking, what = "MLflow" }
+    "tracking-database"   = { to = "database", by = "tracking", from_port = 5432, to_port = 5432, what = "PostgreSQL" }
+    "nodes-database"      = { to = "database", by = "nodes", from_port = 5432, to_port = 5432, what = "The queue" }
+    "submitters-database" = { to = "database", by = "submitters", from_port = 5432, to_port = 5432, what = "The queue" }
+    "nodes-endpoints"     = { to = "endpoints", by = "nodes", from_port = 443, to_port = 443, what = "AWS services" }
+    "tracking-endpoints"  = { to = "endpoints", by = "tracking", from_port = 443, to_port = 443, what = "AWS services" }
   }
 
   # Package registries, and AWS services without an endpoint here.

@@ -1,4 +1,5 @@
-# PostgreSQL for MLflow: runs, metrics and the model registry.
+# PostgreSQL: a database for MLflow (runs, metrics and the model registry), and one for the queue, with
+# a user of its own, that `infra/image/queue_database.py` makes on the MLflow machine.
 
 resource "aws_db_subnet_group" "this" {
   name       = "liftyard-${var.name}"
@@ -144,4 +145,20 @@ resource "aws_cloudwatch_metric_alarm" "database_cpu" {
   alarm_actions       = var.alarm_topic_arns
   ok_actions          = var.alarm_topic_arns
   tags                = var.tags
+}
+
+# The queue's user reaches the queue and nothing else. Written and forgotten, as Ray's token is.
+resource "aws_secretsmanager_secret" "queue" {
+  #checkov:skip=CKV2_AWS_57: A new password is taken as the MLflow server and then the head start: replace the secret in a quiet hour
+  name                    = "liftyard/${var.name}/queue-password"
+  description             = "Password of the queue's user in PostgreSQL: whoever holds it runs code on the cluster"
+  kms_key_id              = var.kms_key_arn
+  recovery_window_in_days = var.protected ? 30 : 0
+  tags                    = var.tags
+}
+
+resource "aws_secretsmanager_secret_version" "queue" {
+  secret_id                = aws_secretsmanager_secret.queue.id
+  secret_string_wo         = var.queue_password
+  secret_string_wo_version = 1
 }

@@ -44,9 +44,9 @@ data "aws_iam_policy_document" "this" {
   }
 
   statement {
-    sid       = "DatabasePassword"
+    sid       = "DatabasePasswords"
     actions   = ["secretsmanager:GetSecretValue"]
-    resources = [local.secret_arn]
+    resources = [local.secret_arn, aws_secretsmanager_secret.queue.arn]
   }
 
   statement {
@@ -120,14 +120,15 @@ resource "aws_instance" "this" {
 
   user_data_replace_on_change = true
   user_data = templatefile("${path.module}/templates/tracking.sh.tftpl", {
-    artifacts_root = var.artifacts_root
-    database_host  = aws_db_instance.this.address
-    host           = local.host
-    image          = var.image
-    log_group      = aws_cloudwatch_log_group.this.name
-    port           = var.port
-    region         = local.region
-    secret_arn     = local.secret_arn
+    artifacts_root   = var.artifacts_root
+    database_host    = aws_db_instance.this.address
+    host             = local.host
+    image            = var.image
+    log_group        = aws_cloudwatch_log_group.this.name
+    port             = var.port
+    queue_secret_arn = aws_secretsmanager_secret.queue.arn
+    region           = local.region
+    secret_arn       = local.secret_arn
   })
 
   metadata_options {

@@ -146,3 +146,15 @@ variable "database" {
     error_message = "database.backup_days is 7 to 35: without backups a lost registry is lost."
   }
 }
+
+variable "queue_password" {
+  description = "Password of the queue's user, made by the caller; it goes to Secrets Manager and into no state."
+  type        = string
+  sensitive   = true
+  ephemeral   = true
+
+  validation {
+    condition     = can(regex("^[A-Za-z0-9]{32,}$", var.queue_password))
+    error_message = "queue_password has at least 32 letters and digits, and nothing else."
+  }
+}

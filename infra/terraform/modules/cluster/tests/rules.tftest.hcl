@@ -26,6 +26,8 @@ mock_provider "aws" {
 
 variables {
   name               = "prod"
+  queue_url          = "postgresql://queue@db:5432/queue"
+  queue_secret_arn   = "arn:aws:secretsmanager:eu-central-1:123456789012:secret:queue"
   token              = "0123456789abcdef0123456789abcdef"
   subnet_ids         = ["subnet-1", "subnet-2"]
   security_group_ids = { nodes = "sg-1" }
@@ -170,4 +172,14 @@ run "refuses_two_services_on_one_port" {
   }
 
   expect_failures = [var.ports]
+}
+
+run "refuses_a_password_in_the_queues_address" {
+  command = plan
+
+  variables {
+    queue_url = "postgresql://queue:secret@db:5432/queue"
+  }
+
+  expect_failures = [var.queue_url]
 }

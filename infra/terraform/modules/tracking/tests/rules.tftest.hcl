@@ -27,6 +27,7 @@ variables {
   artifacts_root       = "s3://artifacts"
   artifacts_bucket_arn = "arn:aws:s3:::artifacts"
   ami_id               = "ami-1"
+  queue_password       = "0123456789abcdef0123456789abcdef"
 }
 
 run "the_database_is_kept" {
@@ -97,4 +98,14 @@ run "refuses_an_image_that_moves" {
   }
 
   expect_failures = [var.image]
+}
+
+run "refuses_a_queue_password_that_is_short" {
+  command = plan
+
+  variables {
+    queue_password = "0123"
+  }
+
+  expect_failures = [var.queue_password]
 }
