@@ -40,6 +40,8 @@ import polars as pl
 
 from models import sentiment
 from models import sentiment_engines as engines
+from models import sentiment_gate as gate
+from models import sentiment_openvino as ov
 
 DATA = Path(__file__).parents[2] / "shared/data/sentiment_en"
 KEPT = Path("bench/sentiment-models")
@@ -67,7 +69,7 @@ def texts_of(count: int) -> tuple[list[str], list[str], str]:
 # --- the sides
 
 
-def _worker(pipe: Any, recipe: engines.Recipe, tokenizer: str) -> None:
+def _worker(pipe: Any, recipe: gate.Recipe, tokenizer: str) -> None:
     from tokenizers import Tokenizer
 
     engine = recipe.engine()
@@ -81,7 +83,7 @@ def _worker(pipe: Any, recipe: engines.Recipe, tokenizer: str) -> None:
 class Ours:
     """A process of one thread a core; called with texts."""
 
-    def __init__(self, recipe: engines.Recipe, tokenizer: str, cores: int) -> None:
+    def __init__(self, recipe: gate.Recipe, tokenizer: str, cores: int) -> None:
         context = multiprocessing.get_context("spawn")
         kept = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")}
         os.environ |= dict.fromkeys(kept, "1")
@@ -222,8 +224,8 @@ def throughput(folder: Path, count: int, repeats: int, cores: int) -> dict[str, 
     reference = engines.torch_engine(model).probabilities(tokens)
     with tempfile.TemporaryDirectory() as cache:
         how = {"cache": Path(cache)}
-        fast, bf16 = engines.recipe(model, sample, wanted="bf16", **how)
-        quick, int8 = engines.recipe(model, sample, wanted="int8", at_least=0.99, **how)
+        fast, bf16 = gate.recipe(model, sample, wanted="bf16", **how)
+        quick, int8 = gate.recipe(model, sample, wanted="int8", at_least=0.99, **how)
     if bf16.name != "bf16" or int8.name != "int8":
         print(f"refused: {bf16.refused} {int8.refused}")
     tokenizer = model.tokenizer.to_str()
@@ -381,7 +383,7 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "cores": cores,
         "processor": _processor(),
-        "bf16": engines.has_bf16(),
+        "bf16": ov.has_bf16(),
         "python": platform.python_version(),
         "load": [round(each, 1) for each in os.getloadavg()],
         **{name: version(name) for name in ("torch", "transformers", "openvino", "nncf", "ray")},

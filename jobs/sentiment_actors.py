@@ -15,7 +15,8 @@ import numpy as np
 import polars as pl
 
 from models.sentiment import Sentiment, load
-from models.sentiment_engines import Engine, Recipe, cuda_engine, distinct
+from models.sentiment_engines import Engine, cuda_engine, distinct
+from models.sentiment_gate import Recipe
 from models.text import clean
 
 # Of the texts that an actor remembers: comments such as "thank you" come again and again.
@@ -47,7 +48,7 @@ class _Scorer:
     def __init__(self, labels: Sequence[str]) -> None:
         self._labels = list(labels)
         self._ready: tuple[Engine, Any] | None = None
-        self._model = threading.Lock()
+        self._model, self._memory = threading.Lock(), threading.Lock()
         self._remembered: dict[str, np.ndarray] = {}
         self._remembered_bytes = 0
 
@@ -91,11 +92,12 @@ class _Scorer:
 
     def _remember(self, found: Mapping[str, np.ndarray]) -> None:
         size = sum(_KEPT_BESIDE + len(text.encode()) for text in found)
-        if self._remembered_bytes + size > _REMEMBERED_BYTES:
-            self._remembered.clear()
-            self._remembered_bytes = 0
-        self._remembered.update(found)
-        self._remembered_bytes += size
+        with self._memory:
+            if self._remembered_bytes + size > _REMEMBERED_BYTES:
+                self._remembered.clear()
+                self._remembered_bytes = 0
+            self._remembered.update(found)
+            self._remembered_bytes += size
 
     def _columns(
         self, outcome: pl.Series, scored: np.ndarray, probabilities: np.ndarray
@@ -193,7 +195,12 @@ def pool(
 def scored(
     batches: Iterator[tuple[int, pl.DataFrame]], text_column: str, actors: Sequence[Actor]
 ) -> Iterator[tuple[int, pl.DataFrame, pl.DataFrame]]:
-    """Batches as they finish; each actor has two in hand."""
+    """Batches as they finish, numbered, with the columns `added`; each actor has two in hand.
+
+    Raises:
+        SentimentScoringError: A batch lost its actor four times.
+        TextError: The column isn't text.
+    """
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 

@@ -8,33 +8,23 @@ and at once. Neither side ever holds more than a few batches.
 """
 
 import hashlib
-import json
-import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 from rich.console import Console
 
 from cluster import storage
-from cluster.files import replace_text
-from jobs import progress
+from jobs import batches, progress
 from jobs.sentiment_actors import Actor, SentimentScoringError, added, pool, scored
 from models.naming import suggestion
 from models.sentiment import Sentiment, load
-from models.sentiment_engines import (
-    Chosen,
-    Recipe,
-    agreement,
-    recipe,
-    torch_engine,
-)
+from models.sentiment_engines import agreement, torch_engine
+from models.sentiment_gate import Chosen, Recipe, recipe
 from models.text import clean, masked
 
 BATCH_ROWS = 4_096
@@ -43,7 +33,6 @@ SAMPLE_TEXTS = 1_800
 FEW_TEXTS = 10_000
 # Of a table's output in a file; what the driver holds at its end.
 _STAGED_ROWS = 250_000
-_FILES = (".csv", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +93,7 @@ def score_file(
         model: Folder of `models.sentiment`.
         storage_root: Where tables are.
         work: Folder for the batches of a table; those of a file lie beside it, in `OUT.parts`.
-        engine: Of `models.sentiment_engines.ENGINES`; "auto" takes bf16 for few texts.
+        engine: Of `models.sentiment_gate.ENGINES`; "auto" takes bf16 for few texts.
         at_least: Share of a sample's texts whose label must be fp32's.
         device: "cpu", or "cuda" for bf16 on a GPU an actor.
         workers: Actors; None takes the CPUs (GPUs) that are free.
@@ -115,8 +104,10 @@ def score_file(
         on_done: Told the rows of each finished batch.
 
     Raises:
-        SentimentScoringError: A file, column or setting isn't as it must be, a batch lost its
-            actor four times, or the batches beside `out` are another run's.
+        SentimentScoringError: A file, column or setting isn't as it must be, or a batch lost its
+            actor four times.
+        BatchesError: A file can't be read or written, or the batches beside `out` are another
+            run's.
         TextError: The column isn't text.
         EngineError: There is no such engine.
         OSError: Something can't be read or written.
@@ -148,16 +139,15 @@ def score_file(
         "batch_rows": batch_rows,
         "mask": mask,
     }
-    _begin(parts, said)
+    done = batches.begin(parts, said)
     on_start(source.rows, chosen)
     began = time.monotonic()
-    done = {int(part.stem) for part in parts.glob("*.parquet")}
     resumed = sum(min(batch_rows, source.rows - number * batch_rows) for number in done)
     if resumed:
         on_done(resumed)
     left = (
         (number, rows)
-        for number, rows in enumerate(_batches(source.frame, batch_rows))
+        for number, rows in enumerate(batches.cut(source.frame, batch_rows))
         if number not in done
     )
     with pool(packed, sentiment, device, workers) as actors:
@@ -166,20 +156,19 @@ def score_file(
         for number, rows, found in scored(left, text_column, actors):
             if mask:
                 rows = rows.with_columns(masked(pl.col(text_column).cast(pl.String, strict=False)))
-            _commit(parts, number, rows.hstack(found))
+            batches.keep(parts, number, rows.hstack(found))
             on_done(rows.height)
     seconds = time.monotonic() - began
-    numbers = range(max(1, -(-source.rows // batch_rows)))
     if source.rows == 0:
         empty = source.frame.head(0).collect()
-        _commit(parts, 0, empty.hstack(pl.DataFrame(schema=added(sentiment.labels))))
-    every = pl.scan_parquet([_part(parts, number) for number in numbers])
+        batches.keep(parts, 0, empty.hstack(pl.DataFrame(schema=added(sentiment.labels))))
+    every = batches.scan(parts, max(1, -(-source.rows // batch_rows)))
     outcomes = dict(every.group_by("outcome").len().collect(engine="streaming").iter_rows())
     if _is_table(out):
         metadata = {"sentiment_engine": chosen.reason, "source": file}
         _publish_table(every, out, storage_root, source.partitions, metadata)
     else:
-        _publish_file(every, Path(out))
+        batches.publish(every, Path(out))
     shutil.rmtree(parts)
     return Scored(
         rows=source.rows, resumed=resumed, seconds=seconds, engine=chosen, outcomes=outcomes
@@ -191,24 +180,11 @@ def shown(
     console: Console,
 ) -> Iterator[tuple[Callable[[int, Chosen], None], Callable[[int], None]]]:
     """A live bar with texts a second and time left: `on_start` and `on_done` of `score_file`."""
-    with progress.bars(console) as bars:
-        bar = bars.add_task("getting ready", total=None, said="")
-        state = {"rows": 0, "done": 0, "counted": 0, "began": time.monotonic()}
+    with progress.counted("texts", console) as (start, on_done):
 
         def on_start(rows: int, chosen: Chosen) -> None:
             console.print(f"engine {chosen.name}: {chosen.reason}", soft_wrap=True, markup=False)
-            state.update(rows=rows, began=time.monotonic())
-            bars.update(bar, description="texts", total=rows)
-
-        def on_done(rows: int) -> None:
-            state["done"] += rows
-            # What an earlier run had done comes at once, and is no rate.
-            passed = time.monotonic() - state["began"]
-            if passed > 0.1:
-                state["counted"] += rows
-            rate = state["counted"] / max(passed, 1e-9)
-            left = f"{(state['rows'] - state['done']) / rate:,.0f} s left" if rate else ""
-            bars.update(bar, advance=rows, said=f"{rate:,.0f} texts/s, {left}")
+            start(rows)
 
         yield on_start, on_done
 
@@ -217,7 +193,7 @@ def shown(
 
 
 def _is_table(name: str) -> bool:
-    return Path(name).suffix not in _FILES
+    return Path(name).suffix not in batches.FILES
 
 
 def _open(file: str, root: str) -> _Source:
@@ -229,23 +205,9 @@ def _open(file: str, root: str) -> _Source:
         identity = f"{root}/{file}@{version}"
         partitions = storage.metadata(root, file, version).get("partitions")
     else:
-        path = Path(file)
-        if not path.is_file():
-            raise SentimentScoringError(f"no file {file}")
-        about = path.stat()
-        identity = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
+        frame, identity = batches.open_file(Path(file))
         partitions = "1"
-        frame = (
-            pl.scan_parquet(path)
-            if path.suffix == ".parquet"
-            else pl.scan_csv(path, infer_schema=False)
-        )
-    try:
-        rows = int(frame.select(pl.len()).collect(engine="streaming").item())
-    except pl.exceptions.NoDataError:
-        raise SentimentScoringError(f"{file} is empty: it has no header") from None
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise SentimentScoringError(f"{file}: can't be read: {error}") from error
+    rows = batches.count(frame, file)
     return _Source(frame=frame, rows=rows, identity=identity, partitions=partitions)
 
 
@@ -257,23 +219,6 @@ def _sample(source: _Source, text_column: str) -> list[str]:
     # Shuffled, since the first calibrate and the others judge.
     texts = cleaned["text"].unique(maintain_order=True)
     return texts.sample(min(SAMPLE_TEXTS, len(texts)), shuffle=True, seed=0).to_list()
-
-
-def _batches(frame: pl.LazyFrame, rows: int) -> Iterator[pl.DataFrame]:
-    """The frame in pieces of exactly `rows`, the last one shorter, read as they are asked for."""
-    held: list[pl.DataFrame] = []
-    height = 0
-    for piece in frame.collect_batches(chunk_size=rows, maintain_order=True):
-        while height + piece.height >= rows:
-            held.append(piece.head(rows - height))
-            piece = piece.slice(held[-1].height)
-            yield pl.concat(held)
-            held, height = [], 0
-        if piece.height:
-            held.append(piece)
-            height += piece.height
-    if held:
-        yield pl.concat(held)
 
 
 # --- the engine
@@ -321,36 +266,6 @@ def _gated(
 # --- what is kept
 
 
-def _begin(parts: Path, said: Mapping[str, Any]) -> None:
-    """Makes the folder of batches, or makes sure that it is this run's."""
-    about = parts / "run.json"
-    if about.exists():
-        before = json.loads(about.read_text(encoding="utf-8"))
-        if other := [key for key in said if before.get(key) != said[key]]:
-            shown_before = ", ".join(f"{key} {before.get(key)!r}" for key in other)
-            raise SentimentScoringError(
-                f"{parts} holds the batches of a run that was stopped, with {shown_before}: give "
-                "the same again to go on with it, or remove the folder to begin anew"
-            )
-        return
-    parts.mkdir(parents=True, exist_ok=True)
-    replace_text(about, json.dumps(said, indent=2))
-
-
-def _part(parts: Path, number: int) -> Path:
-    return parts / f"{number:08d}.parquet"
-
-
-def _commit(parts: Path, number: int, rows: pl.DataFrame) -> None:
-    part = _part(parts, number)
-    draft = part.with_name(f"{part.name}.{secrets.token_hex(4)}")
-    try:
-        rows.write_parquet(draft, compression="lz4")
-        draft.replace(part)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def _publish_table(
     rows: pl.LazyFrame,
     out: str,
@@ -367,24 +282,10 @@ def _publish_table(
         rows = storage.with_partition(rows, None, 1)
     staged = [
         storage.stage(root, out, part, piece.drop(storage.PART))
-        for batch in _batches(rows, _STAGED_ROWS)
+        for batch in batches.cut(rows, _STAGED_ROWS)
         for (part,), piece in batch.group_by(storage.PART, maintain_order=True)
     ] or [storage.stage(root, out, 0, rows.head(0).collect().drop(storage.PART))]
     storage.commit(root, out, staged, mode="overwrite", onto=onto, metadata=metadata)
-
-
-def _publish_file(rows: pl.LazyFrame, path: Path) -> None:
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        if path.suffix == ".csv":
-            rows.sink_csv(draft)
-        else:
-            rows.sink_parquet(draft)
-        draft.replace(path)
-    except pl.exceptions.PolarsError as error:
-        raise SentimentScoringError(f"{path} can't be written: {error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _digest_of(folder: Path) -> str:

@@ -55,6 +55,8 @@ def run(done: Run, console: Console) -> None:
             )
     for name, rows in details.get("serve", {}).get("scored", {}).items():
         console.print(_scored(name, rows))
+        if why := details["serve"].get("explained", {}).get(name):
+            console.print(_explained(name, why), markup=False, soft_wrap=True)
     if "serve" in details:
         console.print(f"scored over HTTP at {details['serve']['serve_url']}", soft_wrap=True)
     console.print(f"summary: {done.folder / 'summary.json'}", soft_wrap=True)
@@ -172,6 +174,12 @@ def _targets(targets: dict[str, Any]) -> Table:
             f"{target['top_decile_lift']:.2f}",
         )
     return table
+
+
+def _explained(name: str, why: dict[str, Any]) -> str:
+    who = ", ".join(f"{key} {why[key]}" for key in why if key not in ("score", "reasons"))
+    lines = [f"{name} of {who} is {why['score']:.4f}, mainly for:"]
+    return "\n".join([*lines, *(f"  {reason}" for reason in why["reasons"])])
 
 
 def _scored(name: str, rows: list[dict[str, Any]]) -> Table:

@@ -57,6 +57,7 @@ class Trained:
     Attributes:
         model: With the weights of the best validation; of the last step without validation texts.
         steps: Steps done.
+        resumed_at: Those that an earlier call had done.
         best_step: Step of the weights.
         history: Validation metrics by step: {"step": …, "macro_f1": …, …}.
         seconds: Wall seconds of this process's part, checkpoints and validation among them.
@@ -64,6 +65,7 @@ class Trained:
 
     model: Sentiment
     steps: int
+    resumed_at: int
     best_step: int
     history: list[dict[str, float]]
     seconds: float
@@ -146,6 +148,7 @@ def fit(
     return Trained(
         model=model,
         steps=trainer.global_step,
+        resumed_at=watch.resumed_at,
         best_step=watch.best_step or trainer.global_step,
         history=watch.history,
         seconds=time.perf_counter() - started,
@@ -278,7 +281,7 @@ def _watch() -> Any:
             # What a checkpoint of another training would differ in.
             self._of = {"settings": repr(settings), "texts": texts, "base": model.base}
             self.history: list[dict[str, float]] = []
-            self.best_step = 0
+            self.best_step = self.resumed_at = 0
             self._best: dict[str, Any] | None = None
             self._started = self._told = time.monotonic()
             self._from: int | None = None
@@ -299,6 +302,9 @@ def _watch() -> Any:
                 )
             self.history = state_dict["history"]
             self.best_step, self._best = state_dict["best_step"], state_dict["best"]
+
+        def on_train_start(self, trainer: Any, task: Any) -> None:
+            self.resumed_at = trainer.global_step
 
         def on_train_batch_end(
             self, trainer: Any, task: Any, outputs: Any, batch: Any, batch_idx: int

@@ -6,8 +6,9 @@ are k-means' or HDBSCAN's; names are the terms with the highest class-based TF-I
 2022). Texts must be masked: names and numbers would else become terms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,13 @@ class Topic:
     sentiment: dict[str, float]
 
 
+def sklearn_kmeans(*, clusters: int, seed: int, restarts: int) -> Any:
+    """An untrained k-means; another of the same arguments may take its place in `topics`."""
+    from sklearn.cluster import KMeans
+
+    return KMeans(clusters, n_init=restarts, random_state=seed)
+
+
 def topics(
     texts: Sequence[str],
     embeddings: np.ndarray,
@@ -61,6 +69,7 @@ def topics(
     groups: int = 8,
     least: int = 10,
     seed: int = 0,
+    kmeans: Callable[..., Any] = sklearn_kmeans,
 ) -> tuple[np.ndarray, list[Topic]]:
     """Groups texts.
 
@@ -74,6 +83,7 @@ def topics(
         groups: Of k-means.
         least: Of HDBSCAN.
         seed: Of k-means' starts.
+        kmeans: Makes what groups by "kmeans"; cuML's computes on a GPU.
 
     Returns:
         (n,) int64 topic numbers, and the topics by number, -1 last.
@@ -93,7 +103,7 @@ def topics(
             "and 2 or more"
         )
     x = _centred(embeddings, languages)
-    found = _ordered(_grouped(x, method, groups, least, seed))
+    found = _ordered(_grouped(x, method, groups, least, seed, kmeans))
     numbers = [*range(found.max() + 1), *([-1] if (found == -1).any() else [])]
     named = distinctive_terms(texts, found, numbers)
     return found, [
@@ -141,12 +151,14 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return found
 
 
-def _grouped(x: np.ndarray, method: str, groups: int, least: int, seed: int) -> np.ndarray:
-    from sklearn.cluster import HDBSCAN, KMeans
+def _grouped(
+    x: np.ndarray, method: str, groups: int, least: int, seed: int, kmeans: Callable[..., Any]
+) -> np.ndarray:
+    from sklearn.cluster import HDBSCAN
     from sklearn.decomposition import PCA
 
     if method == "kmeans":
-        found: np.ndarray = KMeans(groups, n_init=5, random_state=seed).fit_predict(x)
+        found: np.ndarray = kmeans(clusters=groups, seed=seed, restarts=5).fit(x).labels_
         return found
     fewer = PCA(min(_COMPONENTS, *x.shape), random_state=seed).fit_transform(x)
     density: np.ndarray = HDBSCAN(min_cluster_size=least, copy=True).fit_predict(fewer)

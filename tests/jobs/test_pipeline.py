@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 from cluster import session, storage
 from jobs.cli import app
 from models.registry import Registry
+from serving import audit
 from tests.jobs import shop
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +81,7 @@ def test_the_run_finishes_and_says_all_that_the_summary_promises(ran: tuple[Path
 
 
 def test_the_champion_scores_the_rows_as_they_were_served(ran: tuple[Path, Result]) -> None:
-    folder, _ = ran
+    folder, result = ran
     registry = Registry(f"sqlite:///{folder / 'home' / 'mlflow.db'}")
     steps = {step["name"]: step["detail"] for step in summary(folder)["steps"]}
     for name in ("lapse", "answers"):
@@ -90,6 +91,21 @@ def test_the_champion_scores_the_rows_as_they_were_served(ran: tuple[Path, Resul
             keys = {key: value for key, value in served.items() if key != "score"}
             rows = table.filter([pl.col(key) == value for key, value in keys.items()])
             assert served["score"] in scorer.score(rows).tolist()
+        why = dict(steps["serve"]["explained"][name])
+        assert 1 <= len(why["reasons"]) <= 3
+        assert why["reasons"][0] in result.output
+        assert {key: why[key] for key in why if key != "reasons"} in steps["serve"]["scored"][name]
+
+
+def test_the_run_asked_with_a_key_and_its_audit_log_tells_so(ran: tuple[Path, Result]) -> None:
+    log = ran[0] / "runs" / summary(ran[0])["run_id"] / "audit.jsonl"
+    assert audit.verify(log).lines == 4
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {(line["who"], line["action"]) for line in lines} == {
+        ("run", "score"),
+        ("run", "explain"),
+    }
+    assert all(line["status"] == 200 for line in lines)
 
 
 def test_every_variant_is_tracked_once(ran: tuple[Path, Result]) -> None:
@@ -124,13 +140,23 @@ def test_from_does_later_steps_again_and_set_overrides(ran: tuple[Path, Result])
     before = summary(folder)
     with session.connect(cpus=2):
         result = CliRunner().invoke(
-            app, arguments(folder, "--from", "sweep", "--set", "sweep.families.network.pack_size=1")
+            app,
+            arguments(
+                *(folder, "--from", "sweep", "--set", "sweep.families.network.pack_size=1"),
+                # The rows to answer that train are of one cutoff, so their folds must be drawn.
+                *("--set", "sweep.folds=2"),
+                *("--set", "targets.answers.split={validate_share: 0.25, test_share: 0.25}"),
+            ),
         )
     assert result.exit_code == 0, result.output
     after = summary(folder)
     assert after["run_id"] == before["run_id"] and after["attempt"] == 2
     assert after["steps"][:4] == before["steps"][:4]
     assert after["targets"]["lapse"]["variants"] == 7
+    for name in ("lapse", "answers"):
+        journal = folder / "runs" / after["run_id"] / f"sweep-{name}.jsonl"
+        for line in journal.read_text().splitlines():
+            assert json.loads(line)["metrics"]["fold_spread"] >= 0
 
 
 def test_a_killed_driver_resumes_without_training_again(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster import session, storage
-from jobs import sentiment_training, training_set
+from jobs import sentiment_texts, training_set
 from jobs.cli import app
 from jobs.pipeline_file import ConfigError, load
 from jobs.sentiment_config import SentimentTraining
@@ -38,7 +38,7 @@ features:
     name: comments
     measures: {mood: sentiment}
     windows: [10d]
-    aggregations: [count, mean]
+    aggregations: [count, mean, slope]
     lifetime: [mean]
     trends: [[10d, 20d]]
     cutoffs: ["2024-03-01T00:00:00"]
@@ -63,6 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = tiny_encoder.labelled(hours, seed=9)["text"].to_list()
     # In the last week, the lamp is broken.
     texts[-168::2] = [f"the {tiny_encoder.BAD[i % 5]} price" for i in range(84)]
+    # No text: its sentiment is null, and counts in no mean.
+    texts[600] = "12345"
     pl.DataFrame(
         {
             "customer": [i % 7 for i in range(hours)],
@@ -93,8 +95,8 @@ def test_features_say_what_the_texts_said(folder: Path) -> None:
 
     tables = folder / "home" / "tables"
     scored = storage.scan(tables, "comments_sentiment").collect()
-    assert set(scored["outcome"]) == {"ok"}
-    assert scored["sentiment"].is_between(-1, 1).all()
+    assert dict(scored["outcome"].value_counts().rows()) == {"ok": 839, "not_text": 1}
+    assert scored["sentiment"].is_between(-1, 1).sum() == 839
     cutoff = datetime(2024, 3, 1)
     recent = scored.filter(pl.col("at") >= cutoff - timedelta(days=10), pl.col("at") < cutoff)
     expected = recent.group_by("customer").agg(pl.col("sentiment").mean()).sort("customer")
@@ -117,7 +119,7 @@ def test_a_group_is_on_one_side(tmp_path: Path) -> None:
     texts = tiny_encoder.labelled(300).with_row_index("id")
     texts.with_columns(pair=pl.col("id") // 2).write_csv(tmp_path / "texts.csv")
     declared = {"texts": [{"path": "texts.csv", "group": "pair"}]}
-    found = sentiment_training.rows(SentimentTraining.model_validate(declared), tmp_path)
+    found = sentiment_texts.rows(SentimentTraining.model_validate(declared), tmp_path)
     apart = found.join(texts.unique("text", keep="first"), on="text").with_columns(
         pair=pl.col("id") // 2
     )

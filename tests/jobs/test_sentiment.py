@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,9 +21,10 @@ from jobs import sentiment as job
 from jobs import sentiment_training as training
 from jobs.pipeline_file import ConfigError, read
 from jobs.sentiment_config import SentimentTraining
+from jobs.sentiment_texts import SentimentJobError, rows
 from models import sentiment
 from models.registry import Registry
-from models.sentiment_training import fit
+from models.sentiment_training import Trained, fit
 from tests import tiny_encoder
 
 # As many as a Ray worker of one CPU, so that sums are the same to the bit.
@@ -30,7 +33,8 @@ torch.set_num_threads(1)
 # Ray's own, when its Train starts.
 pytestmark = pytest.mark.filterwarnings("ignore:.use_.* is deprecated:DeprecationWarning")
 
-COMMENTS = Path(__file__).parents[2] / "pipelines/comments.csv"
+ROOT = Path(__file__).parents[2]
+COMMENTS = ROOT / "pipelines/comments.csv"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,9 +98,40 @@ def test_the_head_is_trained_tested_registered_and_described(root: Path, tmp_pat
         registry.load("sentiment", 1)
 
 
-def test_a_killed_worker_goes_on_to_the_same_weights(root: Path, tmp_path: Path) -> None:
-    asked = config(root, epochs=12.0, checks=1)
-    frame = training.rows(asked, root)
+@pytest.fixture(scope="module")
+def asked(root: Path) -> SentimentTraining:
+    """A training long enough to be killed in its midst."""
+    return config(root, epochs=12.0, checks=1)
+
+
+@pytest.fixture(scope="module")
+def alone(asked: SentimentTraining, root: Path) -> Trained:
+    """The same, never killed."""
+    frame = rows(asked, root)
+    return fit(
+        sentiment.new(str(root / "encoder"), max_tokens=16),
+        frame.filter(pl.col("part") == "train"),
+        frame.filter(pl.col("part") == "valid"),
+        asked.settings(),
+        folder=root / "alone",
+    )
+
+
+def assert_equal(work: Path, alone: Trained) -> None:
+    """The same bits, by way of a checkpoint."""
+    trained = json.loads((work / "trained.json").read_text())
+    assert 0 < trained["resumed_at"] < alone.steps
+    assert trained["history"] == alone.history
+    ours = sentiment.load(work / "model").module.state_dict()
+    for name, weights in alone.model.module.state_dict().items():
+        assert torch.equal(weights, ours[name]), name
+    assert not (work / "checkpoint").exists()
+
+
+def test_a_killed_worker_goes_on_to_the_same_weights(
+    root: Path, tmp_path: Path, asked: SentimentTraining, alone: Trained
+) -> None:
+    frame = rows(asked, root)
     killed: list[int] = []
 
     def kill() -> None:
@@ -116,25 +151,56 @@ def test_a_killed_worker_goes_on_to_the_same_weights(root: Path, tmp_path: Path)
     work = training.train(asked, frame, tmp_path)
     thread.join(10)
     assert len(killed) == 1
-    parts = {name: frame.filter(pl.col("part") == name) for name in ("train", "valid")}
-    alone = fit(
-        sentiment.new(str(root / "encoder"), max_tokens=16),
-        parts["train"],
-        parts["valid"],
-        asked.settings(),
-        folder=tmp_path / "alone",
+    assert_equal(work, alone)
+
+
+DRIVER = """
+import os, signal, sys, threading, time
+from pathlib import Path
+import psutil
+from cluster import session
+from jobs import sentiment_training as training
+from jobs.sentiment_config import SentimentTraining
+from jobs.sentiment_texts import rows
+
+root, folder, said = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+
+def die():
+    # As a machine that goes: a worker that is left would train on until Ray misses the driver.
+    while not list(folder.glob("*/checkpoint/last.ckpt")):
+        time.sleep(0.005)
+    for process in psutil.Process().children(recursive=True):
+        if "ray::_train_worker" in " ".join(process.cmdline()):
+            process.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=die, daemon=True).start()
+with session.connect(cpus=1):
+    asked = SentimentTraining.model_validate_json(said)
+    training.train(asked, rows(asked, root), folder)
+"""
+
+
+def test_a_killed_driver_goes_on_to_the_same_weights(
+    root: Path, tmp_path: Path, asked: SentimentTraining, alone: Trained
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(root), str(tmp_path), asked.model_dump_json()],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=120,
     )
-    trained = json.loads((work / "trained.json").read_text())
-    assert trained["history"] == alone.history
-    ours = sentiment.load(work / "model").module.state_dict()
-    for name, weights in alone.model.module.state_dict().items():
-        assert torch.equal(weights, ours[name]), name
-    assert not (work / "checkpoint").exists()
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
+    (checkpoint,) = tmp_path.glob("*/checkpoint/last.ckpt")
+    step = torch.load(checkpoint, weights_only=False)["global_step"]
+    work = training.train(asked, rows(asked, root), tmp_path)
+    assert_equal(work, alone)
+    assert json.loads((work / "trained.json").read_text())["resumed_at"] == step > 0
 
 
 def test_two_workers_average_their_gradients(root: Path, tmp_path: Path) -> None:
     asked = config(root, workers=2, class_weights=False, epochs=2.0)
-    frame = training.rows(asked, root)
+    frame = rows(asked, root)
     work = training.train(asked, frame, tmp_path)
     trained = json.loads((work / "trained.json").read_text())
     assert trained["history"][-1]["macro_f1"] > 0.5
@@ -144,7 +210,7 @@ def test_two_workers_average_their_gradients(root: Path, tmp_path: Path) -> None
 def test_a_sweep_chooses_the_settings(root: Path, tmp_path: Path) -> None:
     asked = config(root, sweep={"learning_rate": [1e-9, 5e-3]}, epochs=2.0)
     registry = Registry(f"sqlite:///{tmp_path}/mlflow.db")
-    work = training.train(asked, training.rows(asked, root), tmp_path, registry=registry)
+    work = training.train(asked, rows(asked, root), tmp_path, registry=registry)
     trained = json.loads((work / "trained.json").read_text())
     assert trained["variant"] == {"learning_rate": 5e-3}
     lines = [json.loads(line) for line in (work / "sweep.jsonl").read_text().splitlines()]
@@ -172,16 +238,16 @@ def test_equal_texts_are_in_one_part_and_odd_ones_left_out(tmp_path: Path) -> No
             ],
         }
     )
-    found = training.rows(asked, tmp_path)
+    found = rows(asked, tmp_path)
     assert len(found) == 60
     assert set(found["label"]) == {"negative", "positive"}
     assert found["text"].str.ends_with("of @user").all()
-    with pytest.raises(training.SentimentJobError, match=r"labels \['5'\] aren't among"):
+    with pytest.raises(SentimentJobError, match=r"labels \['5'\] aren't among"):
         wrong = asked.texts[0].model_copy(update={"labels": {"1": "negative"}})
-        training.rows(asked.model_copy(update={"texts": [wrong]}), tmp_path)
-    with pytest.raises(training.SentimentJobError, match=r"no columns \['text', 'label'\]"):
+        rows(asked.model_copy(update={"texts": [wrong]}), tmp_path)
+    with pytest.raises(SentimentJobError, match=r"no columns \['text', 'label'\]"):
         named = asked.texts[0].model_copy(update={"text": "text", "label": "label"})
-        training.rows(asked.model_copy(update={"texts": [named]}), tmp_path)
+        rows(asked.model_copy(update={"texts": [named]}), tmp_path)
 
 
 def test_a_file_that_says_what_is_not_allowed(tmp_path: Path) -> None:
@@ -199,7 +265,7 @@ def test_a_file_that_says_what_is_not_allowed(tmp_path: Path) -> None:
 
 def test_the_packaged_comments_are_what_they_say() -> None:
     asked = SentimentTraining.model_validate({"texts": [{"path": str(COMMENTS)}]})
-    frame = training.rows(asked, COMMENTS.parent)
+    frame = rows(asked, COMMENTS.parent)
     raw = pl.read_csv(COMMENTS)
     assert len(frame) == len(raw) == 252
     assert set(frame["label"].value_counts()["count"]) == {84}

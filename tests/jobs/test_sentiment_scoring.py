@@ -1,11 +1,10 @@
-"""Scoring files on a real Ray cluster: order, outcomes, killed actors and drivers, features."""
+"""Scoring files on a real Ray cluster: order, outcomes, killed actors and drivers."""
 
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ import torch
 from typer.testing import CliRunner
 
 from cluster import session, storage
-from jobs import sentiment_cli, sentiment_scoring
+from jobs import batches, sentiment_cli, sentiment_scoring
+from jobs.batches import BatchesError
 from jobs.sentiment_actors import SentimentScoringError
 from jobs.sentiment_scoring import score_file
 from models import sentiment
-from models.features import FeatureSpec, compute
 from models.text import TextError, clean
 from tests import tiny_encoder
 
@@ -169,7 +168,7 @@ def test_a_killed_driver_repeats_nothing_finished(
     kept = {each.name: each.stat().st_mtime_ns for each in parts.glob("*.parquet")}
     assert len(kept) == 3 and not out.exists()
     # Other settings would mix two runs.
-    with pytest.raises(SentimentScoringError, match="with batch_rows 50"):
+    with pytest.raises(BatchesError, match="with batch_rows 50"):
         score(file, out, model, cache, batch_rows=60)
     kept_then: dict[str, int] = {}
 
@@ -244,44 +243,8 @@ def test_nothing_to_score_and_faults(tmp_path: Path, model: Path, cache: Path) -
     pl.DataFrame({"text": [["a"]]}).write_parquet(odd)
     with pytest.raises(TextError, match="not text"):
         score(odd, out, model, cache)
-    with pytest.raises(SentimentScoringError, match="no file"):
+    with pytest.raises(BatchesError, match="no file"):
         score(tmp_path / "absent.csv", out, model, cache)
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_the_output_is_an_event_stream_for_features(
-    tmp_path: Path, model: Path, cache: Path, rows: pl.DataFrame
-) -> None:
-    start = datetime(2026, 1, 1)
-    timed = rows.with_columns(
-        at=pl.Series([start + timedelta(hours=3 * each) for each in range(397)])
-    )
-    file, out = tmp_path / "in.parquet", tmp_path / "out.parquet"
-    timed.write_parquet(file)
-    score(file, out, model, cache)
-    events = pl.read_parquet(out).filter(pl.col("sentiment").is_not_null())
-    assert events["sentiment"].is_between(-1, 1).all()
-    spec = FeatureSpec.model_validate(
-        {
-            "entity": "product",
-            "time": "at",
-            "name": "comments",
-            "measures": {"sentiment": "sentiment"},
-            "windows": ["7d", "28d"],
-            "aggregations": ["count", "mean", "slope"],
-            "trends": [["7d", "28d"]],
-        }
-    )
-    cutoff = start + timedelta(days=45)
-    table = compute(events, spec, [cutoff])
-    mean = next(
-        name for name in table.columns if "sentiment" in name and "mean" in name and "7d" in name
-    )
-    assert any("trend" in name for name in table.columns)
-    window = events.filter((pl.col("at") < cutoff) & (pl.col("at") >= cutoff - timedelta(days=7)))
-    expected = dict(window.group_by("product").agg(pl.col("sentiment").mean()).iter_rows())
-    got = dict(table.select("product", mean).iter_rows())
-    assert got == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -301,6 +264,6 @@ def test_the_command_line(
 
 
 def test_batches_are_cut_alike_whatever_the_pieces(rows: pl.DataFrame) -> None:
-    pieces = list(sentiment_scoring._batches(rows.lazy(), 50))
+    pieces = list(batches.cut(rows.lazy(), 50))
     assert [each.height for each in pieces] == [50] * 7 + [47]
     assert pl.concat(pieces).equals(rows)

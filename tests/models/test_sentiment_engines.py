@@ -9,6 +9,8 @@ import torch
 
 from models import sentiment
 from models import sentiment_engines as engines
+from models import sentiment_gate as gate
+from models import sentiment_openvino as ov
 from tests import tiny_encoder
 
 # OpenVINO's Python package warns of its own deprecations when it is imported.
@@ -59,8 +61,8 @@ def test_openvino_is_near_fp32_in_input_order(
     name: str,
     near: float,
 ) -> None:
-    graph = engines.Converted(sentiment=model, cache=cache).plain()
-    engine = engines.openvino_engine(name, graph)
+    graph = ov.Converted(sentiment=model, cache=cache).plain()
+    engine = ov.openvino_engine(name, graph)
     ids = model.tokenize(texts)
     assert len({len(each) for each in ids}) > 1
     found = engine.probabilities(ids)
@@ -82,17 +84,17 @@ def test_int8_agrees_as_declared_once_it_defers(
     model: sentiment.Sentiment, cache: Path, texts: list[str]
 ) -> None:
     sample = pl.Series(texts).unique(maintain_order=True).to_list()
-    assert len(sample) >= engines.CALIBRATION_TEXTS + engines.GATE_TEXTS
-    engine, chosen = engines.choose(model, sample, wanted="int8", at_least=0.9, cache=cache)
+    assert len(sample) >= gate.CALIBRATION_TEXTS + gate.GATE_TEXTS
+    engine, chosen = gate.choose(model, sample, wanted="int8", at_least=0.9, cache=cache)
     assert chosen.name == engine.name == "int8", chosen
     assert chosen.agreement["int8"] >= 0.9
     assert chosen.agreement["int8"] >= chosen.agreement["int8 without deferring"]
-    rest = sample[engines.CALIBRATION_TEXTS :]
+    rest = sample[gate.CALIBRATION_TEXTS :]
     found = engine.probabilities(model.tokenize(rest))
     assert engines.agreement(found, model.probabilities(rest)) >= 0.9
     # The same choice again comes from the disk, with the same graphs.
     made = {each.name: each.stat().st_mtime_ns for each in cache.iterdir()}
-    again = engines.recipe(model, sample, wanted="int8", at_least=0.9, cache=cache)[1]
+    again = gate.recipe(model, sample, wanted="int8", at_least=0.9, cache=cache)[1]
     assert again == chosen
     assert {each.name: each.stat().st_mtime_ns for each in cache.iterdir()} == made
 
@@ -111,7 +113,7 @@ def test_an_engine_that_disagrees_is_refused_and_fp32_taken(
         model.module.head.bias.copy_(-(model.module.head.weight @ middle))
     try:
         sample = list(dict.fromkeys(texts))[:250]
-        engine, chosen = engines.choose(model, sample, at_least=1.0, cache=cache)
+        engine, chosen = gate.choose(model, sample, at_least=1.0, cache=cache)
         assert chosen.name == engine.name == "fp32"
         assert chosen.agreement["bf16"] < 1
         assert set(chosen.refused) == {"int8", "bf16"}
@@ -126,14 +128,14 @@ def test_an_engine_that_disagrees_is_refused_and_fp32_taken(
 def test_other_weights_make_other_graphs(
     model: sentiment.Sentiment, tmp_path: Path, texts: list[str]
 ) -> None:
-    first = engines.Converted(sentiment=model, cache=tmp_path)
+    first = ov.Converted(sentiment=model, cache=tmp_path)
     first.plain()
     with torch.no_grad():
         model.module.head.bias[0] += 1
     try:
-        other = engines.Converted(sentiment=model, cache=tmp_path)
+        other = ov.Converted(sentiment=model, cache=tmp_path)
         assert other.digest != first.digest
-        found = engines.openvino_engine("fp32", other.plain()).probabilities(model.tokenize(texts))
+        found = ov.openvino_engine("fp32", other.plain()).probabilities(model.tokenize(texts))
         np.testing.assert_allclose(found, model.probabilities(texts), atol=1e-5)
     finally:
         with torch.no_grad():
@@ -147,11 +149,11 @@ def test_deferral_takes_the_least_margin_that_leaves_half_of_what_is_allowed() -
     quick = np.stack([0.5 + apart / 2, 0.5 - apart / 2], axis=1)
     reference = quick.copy()
     reference[:2] = reference[:2, ::-1]
-    assert engines.deferral(quick, reference, reference, 0.99) == pytest.approx(0.3)
+    assert gate.deferral(quick, reference, reference, 0.99) == pytest.approx(0.3)
     # Two of nine may differ: half of that is one, so the text at 0.2 may stay wrong.
-    assert engines.deferral(quick, reference, reference, 1 - 2 / 9) == pytest.approx(0.2)
-    assert engines.deferral(quick, quick, quick, 1.0) == 0
-    everything = engines.deferral(quick, reference, quick[:, ::-1], 0.99)
+    assert gate.deferral(quick, reference, reference, 1 - 2 / 9) == pytest.approx(0.2)
+    assert gate.deferral(quick, quick, quick, 1.0) == 0
+    everything = gate.deferral(quick, reference, quick[:, ::-1], 0.99)
     assert (engines.margins(quick) < everything).sum() in (0, 2, 9)
 
 
@@ -198,4 +200,4 @@ def test_faults_are_told(
     model: sentiment.Sentiment, cache: Path, how: dict[str, object], said: str
 ) -> None:
     with pytest.raises(engines.EngineError, match=said):
-        engines.recipe(model, [], cache=cache, **how)  # type: ignore[arg-type]
+        gate.recipe(model, [], cache=cache, **how)  # type: ignore[arg-type]

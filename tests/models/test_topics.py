@@ -1,6 +1,10 @@
+from functools import partial
+
 import numpy as np
 import pytest
 
+from cluster import estimators
+from cluster.device import choose
 from models.topics import TopicError, topics
 
 WORDS = {"delivery": "parcel courier late", "taste": "coffee bitter cup", "app": "login screen app"}
@@ -38,6 +42,17 @@ def test_topics_are_found_across_languages_and_named(method: str) -> None:
     assert kept[2].sentiment == {"negative": 1.0, "positive": 0.0}
     assert all(numbers[place] == kept[1].number for place in kept[1].examples)
     assert numbers.tolist() == [2] * 30 + [1] * 40 + [0] * 50
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_kmeans_on_either_device_finds_the_same_topics(kind: str) -> None:
+    if kind == "cuda" and choose("auto").kind != "cuda":
+        pytest.skip(f"needs CUDA: {choose('auto').reason}")
+    texts, x, _, languages = corpus()
+    ours, _ = topics(texts, x, languages=languages, groups=3)
+    made = partial(estimators.kmeans, choose(kind))
+    theirs, _ = topics(texts, x, languages=languages, groups=3, kmeans=made)
+    np.testing.assert_array_equal(theirs, ours)
 
 
 def test_without_languages_it_groups_by_language() -> None:
