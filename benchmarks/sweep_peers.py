@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from models import boosting, forest, network
+from models import boosting, forest, network, network_inputs
 from models.families import TrainingData, Variant, completed
 from models.metrics import auc
 
@@ -93,12 +93,12 @@ def _lightning(settings: Variant, data: TrainingData, made: dict[str, Any]) -> n
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     if "network" not in made:
-        scaling = network.scaling_of(data.x_train)
-        made["network"] = [network.scaled(scaling, x) for x in (data.x_train, data.x_valid)]
+        scaling = network_inputs.scaling_of(data.x_train)
+        made["network"] = [network_inputs.scaled(scaling, x) for x in (data.x_train, data.x_valid)]
     x_train, x_valid = made["network"]
     sizes = [x_train.shape[1], *[settings["width"]] * settings["depth"], 1]
     layers: list[torch.nn.Module] = []
-    for w, b in network._first_weights(settings["seed"], sizes):
+    for w, b in network._first_weights(np.random.default_rng(settings["seed"]), sizes):
         layer = torch.nn.Linear(*w.shape)
         with torch.no_grad():
             layer.weight.copy_(torch.from_numpy(w.T.copy()))
@@ -130,7 +130,8 @@ def _lightning(settings: Variant, data: TrainingData, made: dict[str, Any]) -> n
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    batches = network._Batches(x_train, data.y_train, settings["batch_rows"], 0)
+    y_train = data.y_train.astype(np.float32)
+    batches = network._Batches(x_train, y_train, rows=settings["batch_rows"], seed=0)
     trainer.fit(Module(), train_dataloaders=batches)
     with torch.no_grad():
         scores: np.ndarray = torch.sigmoid(net(torch.from_numpy(x_valid)))[:, 0].double().numpy()
@@ -239,16 +240,18 @@ def tune(
 
 
 def flaml(data: TrainingData, x_test: np.ndarray, *, limit_s: float, seed: int) -> np.ndarray:
-    """Test scores of FLAML's AutoML at its defaults, on two threads."""
+    """Test scores of FLAML's AutoML at its defaults, on a thread a CPU.
+
+    It gets training and validation rows together, splits them as it likes, and trains its choice on
+    all of them: given validation rows of their own, it would leave them out at the end.
+    """
     from flaml import AutoML
 
     warnings.filterwarnings("ignore")
     model = AutoML()
     model.fit(
-        data.x_train,
-        data.y_train,
-        X_val=data.x_valid,
-        y_val=data.y_valid,
+        np.concatenate([data.x_train, data.x_valid]),
+        np.concatenate([data.y_train, data.y_valid]),
         task="classification",
         metric="roc_auc",
         time_budget=limit_s,

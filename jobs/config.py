@@ -274,7 +274,8 @@ class Sweep(_Model):
     """The families that a sweep trains; what a family leaves out is its default space's.
 
     `sampler` draws the variants; one that learns from outcomes asks for `ahead` packs beyond those
-    told. `metric`, on the validation rows, is what models are compared by. `latency` measures what
+    told. `metric`, on the validation rows, is what models are compared by; with `folds`, variants
+    are by its mean over so many folds of the training rows. `latency` measures what
     a row's score takes as well, for the report's Pareto front, and a model that takes more than
     `slowest_us` isn't registered. `halving` stops boosters early. `ensemble` is how many of the
     best are tried together (0: the best alone), and `calibrate` lets validation choose among raw
@@ -284,6 +285,7 @@ class Sweep(_Model):
     sampler: Literal["random", "grid", "tpe", "cmaes"] = "random"
     ahead: int = Field(default=16, ge=1)
     metric: Literal["auc", "average_precision", "log_loss", "brier", "top_decile_lift"] = "auc"
+    folds: int = Field(default=0, ge=0, le=50)
     latency: bool = False
     slowest_us: float | None = Field(default=None, gt=0)
     halving: Halved | None = None
@@ -314,6 +316,8 @@ class Sweep(_Model):
 
     @model_validator(mode="after")
     def _sampler_fits(self) -> Sweep:
+        if self.folds == 1:
+            raise ValueError("folds 1: give 2 or more, or 0 to score on the validation rows")
         if self.slowest_us is not None and not self.latency:
             raise ValueError(f"slowest_us {self.slowest_us} needs latency: true")
         if self.sampler == "grid":

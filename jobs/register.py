@@ -1,7 +1,8 @@
 """The best variant of a sweep to a registered model, promoted only if it beats the champion.
 
 The champion and the newcomer score the same test rows; neither was trained on them. Validation
-rows choose: the variant, or the weights of the best few together, and whether to calibrate.
+rows choose: the variant, or the weights of the best few together (an average, or stacked where that
+does better by cross-validation), and whether to calibrate.
 """
 
 import json
@@ -37,8 +38,8 @@ class Registered:
         failed: How many of them failed.
         pruned: How many were stopped early.
         family: The best variant's family, or "ensemble".
-        variant: Its settings; of an ensemble its `members`, each with its `weight`. With
-            `calibration` where one was chosen.
+        variant: Its settings; of an ensemble its `members`, each with its `weight`, and where it
+            is stacked the `offset`. With `calibration` where one was chosen.
         metric: What chose it, of `models.metrics.METRICS`.
         valid_score: That on the validation rows, a loss with its sign turned: more than new rows
             will give.
@@ -110,7 +111,7 @@ def register(
     best = _best(name, outcomes, together, slowest_us)
     data = matrices.training_data
     trained = (fit or _fit)([outcome.variant for outcome in best], data)
-    family, variant, predict, valid_n = _together(trained, data.y_valid, metric)
+    family, variant, predict, valid_n = _together(trained, data.y_valid, metric, seed)
     valid_score = METRICS[metric].score(data.y_valid, valid_n)
     if calibrate:
         method = calibration.choose(data.y_valid, valid_n, seed=seed)
@@ -208,12 +209,24 @@ def _fit(variants: Sequence[Variant], data: TrainingData) -> list[Fitted]:
 
 
 def _together(
-    trained: Sequence[Fitted], y_valid: np.ndarray, metric: str
+    trained: Sequence[Fitted], y_valid: np.ndarray, metric: str, seed: int
 ) -> tuple[str, dict[str, Any], Callable[[np.ndarray], np.ndarray], np.ndarray]:
-    """Family, settings, predict function and validation scores of the best, or of their mean."""
-    weights = ensemble.greedy(
-        y_valid, [each.valid_scores for each in trained], metric=METRICS[metric].score
-    )
+    """Family, settings, predict function and validation scores of the best, alone or together."""
+    scores, by = [each.valid_scores for each in trained], METRICS[metric].score
+    if ensemble.stacking_helps(y_valid, scores, metric=by, seed=seed):
+        weights, offset = ensemble.stacked(y_valid, scores)
+        picked = [(each, w) for each, w in zip(trained, weights, strict=True) if w > 0]
+        shares = tuple(w for _, w in picked)
+        members = [{**each.variant, "weight": w} for each, w in picked]
+        return (
+            "ensemble",
+            {"family": "ensemble", "members": members, "offset": offset},
+            ensemble.Stack(
+                models=tuple(each.predict for each, _ in picked), weights=shares, offset=offset
+            ),
+            ensemble.stack([each.valid_scores for each, _ in picked], shares, offset),
+        )
+    weights = ensemble.greedy(y_valid, scores, metric=by)
     picked = [(each, w) for each, w in zip(trained, weights, strict=True) if w > 0]
     if len(picked) == 1:
         (alone, _), *_ = picked

@@ -60,6 +60,7 @@ SPACE: dict[str, dict[str, Any]] = {
             "width": [16, 32, 64],
             "depth": [1, 2],
             "epochs": [4, 8],
+            "category_size": 4,
             "learning_rate": {"min": 0.0005, "max": 0.01, "log": True},
             "weight_decay": {"min": 0.001, "max": 1.0, "log": True},
         },

@@ -1,8 +1,8 @@
 """A target's training set: its rows with features, attributes, label and part, as one table.
 
 The table `training/NAME` holds the features, the label `_label` (0, 1, or null where it isn't known
-yet), the part `_split` ("train", "validate", "test", or null where the row is left out), `_cutoff`,
-what tells the row, and its number `_row`.
+yet) and when it is known, `_known`, the part `_split` ("train", "validate", "test", or null where
+the row is left out), `_cutoff`, what tells the row, and its number `_row`.
 """
 
 import json
@@ -21,6 +21,7 @@ from models import split
 from models.encoding import Encoder
 from models.families import TrainingData
 from models.features import compute_at, describe
+from models.folds import Folds
 
 LABEL, SPLIT, CUTOFF, KNOWN, ROW = "_label", "_split", "_cutoff", "_known", "_row"
 _TIME = pl.Datetime("us")
@@ -102,7 +103,7 @@ def assemble(
     target = pipeline.targets[name]
     versions = {source: storage.version(root, source) for source in _sources(target, pipeline)}
     groups = " ".join(pipeline.features[group].model_dump_json() for group in target.features)
-    made_of = storage.digest(versions, pipeline.seed, target.model_dump_json(), groups)
+    made_of = storage.digest(versions, pipeline.seed, target.model_dump_json(), groups, KNOWN)
     table = f"training/{name}"
     onto = storage.latest(root, table)
     before = {} if onto is None else storage.metadata(root, table, onto)
@@ -136,7 +137,7 @@ def assemble(
     version = storage.write(
         root,
         table,
-        frame.with_row_index(ROW).select(*told, CUTOFF, LABEL, SPLIT, *features, ROW),
+        frame.with_row_index(ROW).select(*told, CUTOFF, LABEL, KNOWN, SPLIT, *features, ROW),
         mode="overwrite",
         onto=onto,
         metadata={"made_of": made_of, "assembled": json.dumps(made), "sources": str(versions)},
@@ -176,6 +177,7 @@ class Matrices:
             y_train=self.y["train"],
             x_valid=self.x["validate"],
             y_valid=self.y["validate"],
+            categories=self.encoder.categories,
         )
 
 
@@ -196,6 +198,36 @@ def encode(frame: pl.DataFrame, features: Sequence[str]) -> Matrices:
         encoder=encoder,
         x={part: encoder.transform(rows) for part, rows in parts.items()},
         y={part: rows[LABEL].to_numpy().astype(np.int8) for part, rows in parts.items()},
+    )
+
+
+def folds(
+    target: Target, frame: pl.DataFrame, matrices: Matrices, *, count: int, seed: int
+) -> Folds:
+    """Folds of the rows that train, by time where the target's parts are.
+
+    Args:
+        target: The declaration.
+        frame: From `load`.
+        matrices: The same rows, encoded.
+        count: How many, 2 or more.
+        seed: Of the draw, where they are drawn.
+
+    Raises:
+        SplitError: The rows are too few, or too few times.
+        TrainingDataError: A fold lacks a class.
+    """
+    rows = frame.filter(pl.col(SPLIT) == "train")
+    parts = (
+        split.folds_drawn(rows[LABEL], folds=count, seed=seed)
+        if target.split.validate_from is None
+        else split.folds_by_time(rows[CUTOFF], known=rows[KNOWN], folds=count)
+    )
+    return Folds(
+        x=matrices.x["train"],
+        y=matrices.y["train"],
+        parts=parts,
+        categories=matrices.encoder.categories,
     )
 
 

@@ -201,6 +201,22 @@ class _Growing:
         return rounds, curve
 
 
+def settled(variant: Variant, curve: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The variant as it is trained where there is nothing to watch: with its best rounds.
+
+    Args:
+        variant: Settings out of `DEFAULTS`.
+        curve: Rounds and score of what was trained with them, from `Fitted` or an outcome.
+
+    Returns:
+        The settings; where patience chose the rounds, those rounds and a patience of 0.
+    """
+    stops = [(int(rounds), score) for rounds, score in curve if rounds % STEP == 0]
+    if not variant.get("patience", DEFAULTS["patience"]) or not stops:
+        return dict(variant)
+    return {**variant, "rounds": _best(stops), "patience": 0}
+
+
 def _best(curve: Sequence[tuple[int, float]]) -> int:
     """Rounds of the highest step, the first of equals."""
     return max((p for p in curve if p[0] % STEP == 0), key=lambda p: (p[1], -p[0]))[0]

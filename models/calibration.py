@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from models.ensemble import log_odds
 from models.metrics import log_loss
+from models.split import folds_drawn
 
 _EDGE = 1e-6
 
@@ -36,7 +38,7 @@ class Platt:
 
     def __call__(self, p: np.ndarray) -> np.ndarray:
         """(n,) float64 probabilities to (n,) float64."""
-        z = self.slope * _log_odds(p) + self.offset
+        z = self.slope * log_odds(p) + self.offset
         return np.asarray(0.5 * (1 + np.tanh(0.5 * z)))
 
 
@@ -102,17 +104,11 @@ def choose(y: np.ndarray, p: np.ndarray, *, folds: int = 5, seed: int = 0) -> st
             f"{int(np.sum(y == 0))} rows of 0 and {int(np.sum(y == 1))} of 1; "
             f"{folds} folds need as many of each"
         )
-    fold_n = np.empty(y.size, dtype=np.int64)
-    draws = np.random.default_rng(seed)
-    for value in (0, 1):
-        places = draws.permutation(np.flatnonzero(y == value))
-        fold_n[places] = np.arange(places.size) % folds
     losses = {}
     for method in METHODS:
         out = np.empty(y.size)
-        for fold in range(folds):
-            held = fold_n == fold
-            out[held] = fit(method, y[~held], p[~held])(p[held])
+        for train, held in folds_drawn(y, folds=folds, seed=seed):
+            out[held] = fit(method, y[train], p[train])(p[held])
         losses[method] = log_loss(y, out)
     # The first of equals: raw before the others.
     return min(losses, key=lambda method: losses[method])
@@ -126,7 +122,7 @@ def _platt(y: np.ndarray, p: np.ndarray) -> Calibration:
     ones = y.sum()
     # Platt's own targets, which keep the sigmoid off 0 and 1 on few rows.
     target = np.where(y == 1, (ones + 1) / (ones + 2), 1 / (y.size - ones + 2))
-    x = np.column_stack([_log_odds(p), np.ones(y.size)])
+    x = np.column_stack([log_odds(p), np.ones(y.size)])
     w = np.array([1.0, 0.0])
     for _ in range(100):
         q = 0.5 * (1 + np.tanh(0.5 * (x @ w)))
@@ -163,8 +159,3 @@ METHODS: dict[str, Callable[[np.ndarray, np.ndarray], Calibration]] = {
     "platt": _platt,
     "isotonic": _isotonic,
 }
-
-
-def _log_odds(p: np.ndarray) -> np.ndarray:
-    p = np.clip(p, _EDGE, 1 - _EDGE)
-    return np.asarray(np.log(p) - np.log1p(-p))

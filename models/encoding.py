@@ -46,6 +46,11 @@ class Encoder:
         """Names of the matrix's columns, in order."""
         return tuple(column.name for column in self.columns)
 
+    @property
+    def categories(self) -> tuple[int, ...]:
+        """How many values each column's codes stand for; 0 for numbers and booleans."""
+        return tuple(len(column.values) for column in self.columns)
+
     @classmethod
     def fit(cls, frame: pl.DataFrame, features: Sequence[str]) -> "Encoder":
         """Learns each feature's kind and, for strings, its codes.

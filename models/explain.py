@@ -4,10 +4,12 @@
                 Intelligence 2), exact, from xgboost's `pred_contribs`; log-odds
     forest      the same of the same trees, handed to xgboost; probability
     network,    integrated gradients (Sundararajan and others 2017) from the row of training means,
-    logistic    the integral of their piecewise linear path taken exactly; log-odds
+    logistic    the integral of their piecewise linear path taken exactly; where a column has a
+                vector, the path is that of the vectors, and a column has what its vector adds;
+                log-odds
     ensemble,   those of the models inside, each rescaled so that they sum to the model's share of
     calibrated  the score (the multiplier of DeepLIFT, Shrikumar and others 2017); probability, or
-                log-odds where a calibration is a line in them
+                log-odds where models are stacked or a calibration is a line in them
 
 Contributions tell what the model does, not what would happen if a feature were changed.
 """
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from models import boosting, calibration, ensemble, forest, network
+from models import boosting, calibration, ensemble, forest, network, network_inputs
 
 LOG_ODDS, PROBABILITY = "log-odds", "probability"
 
@@ -91,6 +93,16 @@ def explain(predict: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> Expla
                 ),
                 scale=PROBABILITY,
             )
+        case ensemble.Stack():
+            parts = [_as_log_odds(explain(model, x)) for model in predict.models]
+            weighted = list(zip(parts, predict.weights, strict=True))
+            return Explanation(
+                base_n=predict.offset + np.sum([w * part.base_n for part, w in weighted], axis=0),
+                contributions_np=np.sum(
+                    [w * part.contributions_np for part, w in weighted], axis=0
+                ),
+                scale=LOG_ODDS,
+            )
         case partial(func=boosting._predict, args=(booster, rounds)):
             return _shap(booster, rounds, x, LOG_ODDS)
         case partial(func=forest._predict_binned, args=(trees, bins)):
@@ -98,7 +110,13 @@ def explain(predict: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> Expla
         case partial(func=forest._predict, args=(trees, medians_p)):
             return _forest(trees, np.where(np.isnan(x), medians_p, x), predict)
         case partial(func=network.predict_layers, args=(scaling, layers)):
-            return _integrated(scaling, layers, x)
+            inputs_ni = network_inputs.scaled(scaling, x)
+            # Being missing is its feature's doing.
+            owners_i = np.concatenate([np.arange(x.shape[1]), scaling[2]])
+            return _integrated(layers, inputs_ni, np.zeros(owners_i.size), owners_i, x.shape[1])
+        case partial(func=network.predict_vectors, args=(vectors, layers)):
+            owners_i = vectors.columns.owners_i()
+            return _integrated(layers, vectors(x), vectors.base_i, owners_i, x.shape[1])
     raise _unexplained(predict)
 
 
@@ -155,6 +173,13 @@ def _plain(value: Any) -> str:
 def _sigmoid(z: np.ndarray) -> np.ndarray:
     # tanh, because exp overflows on a far negative z.
     return np.asarray(0.5 * (1 + np.tanh(0.5 * z)))
+
+
+def _as_log_odds(part: Explanation) -> Explanation:
+    """On the scale of `ensemble.log_odds`, which has bounds."""
+    if part.scale == PROBABILITY:
+        return part.rescaled(ensemble.log_odds, LOG_ODDS)
+    return part.rescaled(lambda z: ensemble.log_odds(_sigmoid(z)), LOG_ODDS)
 
 
 def _calibrated(inner: Explanation, by: calibration.Calibration) -> Explanation:
@@ -287,22 +312,23 @@ def _as_tree(tree: Any, place: int, trees: int) -> dict[str, Any]:
 
 
 def _integrated(
-    scaling: tuple[np.ndarray, np.ndarray, np.ndarray],
     layers: Sequence[tuple[np.ndarray, np.ndarray]],
-    x: np.ndarray,
+    inputs_ni: np.ndarray,
+    base_i: np.ndarray,
+    owners_i: np.ndarray,
+    features: int,
 ) -> Explanation:
-    """Integrated gradients of the margin, from every feature at its mean and none missing."""
+    """Integrated gradients of the margin from the base; a feature has those of its inputs."""
     wide = [(w_io.astype(np.float64), b_1o.astype(np.float64)) for w_io, b_1o in layers]
-    inputs_ni = network.scaled(scaling, x).astype(np.float64)
-    base = float(_margin(wide, np.zeros((1, inputs_ni.shape[1])))[0])
-    added_ni = np.stack([_along(wide, input_i) for input_i in inputs_ni])
-    gappy = scaling[2]
-    features = x.shape[1]
-    contributions_np = added_ni[:, :features].copy()
-    # Being missing is its feature's doing.
-    contributions_np[:, gappy] += added_ni[:, features:]
+    w_io, b_1o = wide[0]
+    wide[0] = w_io, b_1o + base_i.astype(np.float64) @ w_io
+    moved_ni = inputs_ni.astype(np.float64) - base_i
+    base = float(_margin(wide, np.zeros((1, base_i.size)))[0])
+    added_ni = np.stack([_along(wide, moved_i) for moved_i in moved_ni])
+    contributions_np = np.zeros((len(inputs_ni), features))
+    np.add.at(contributions_np.T, owners_i, added_ni.T)
     return Explanation(
-        base_n=np.full(len(x), base), contributions_np=contributions_np, scale=LOG_ODDS
+        base_n=np.full(len(inputs_ni), base), contributions_np=contributions_np, scale=LOG_ODDS
     )
 
 

@@ -33,6 +33,8 @@ class TrainingData:
         y_train: (n,) int8, 0 or 1.
         x_valid: (m, p) float32, NaN where missing.
         y_valid: (m,) int8, 0 or 1.
+        categories: How many values each column knows whose numbers are codes, from 0 on; 0 for
+            other columns, and empty where no column has codes. Networks may look them up.
 
     Raises:
         TrainingDataError: Shapes disagree, a type is another, a value is infinite, or y_train
@@ -43,6 +45,7 @@ class TrainingData:
     y_train: np.ndarray
     x_valid: np.ndarray
     y_valid: np.ndarray
+    categories: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for part, x, y in (
@@ -72,6 +75,11 @@ class TrainingData:
             raise TrainingDataError(
                 f"x_train has {self.x_train.shape[1]} features and x_valid "
                 f"{self.x_valid.shape[1]}; encode both with the same encoder"
+            )
+        if self.categories and len(self.categories) != self.x_train.shape[1]:
+            raise TrainingDataError(
+                f"categories has {len(self.categories)} counts for {self.x_train.shape[1]} "
+                "features; give one a feature (Encoder.categories), or none"
             )
         if self.y_train.min() == self.y_train.max():
             raise TrainingDataError(
@@ -154,7 +162,7 @@ FAMILIES: dict[str, FitPack] = {
 FREE: dict[str, frozenset[str]] = {
     "boosting": frozenset({"rounds"}),
     "forest": frozenset({"trees"}),
-    "network": frozenset({"learning_rate", "weight_decay", "seed"}),
+    "network": frozenset({"learning_rate", "weight_decay", "dropout", "seed"}),
     "logistic": frozenset({"l2"}),
 }
 

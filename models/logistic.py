@@ -21,7 +21,8 @@ from models.families import (
     completed,
     require_above_zero,
 )
-from models.network import predict_layers, scaled, scaling_of
+from models.network import predict_layers
+from models.network_inputs import scaled, scaling_of
 
 DEFAULTS: dict[str, Any] = {"l2": 1.0, "positive_weight": 1.0, "seed": 0}
 

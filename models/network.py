@@ -2,7 +2,8 @@
 
 A network of a few thousand weights leaves most of a step to overhead; stacked along a leading
 axis K, the pack pays that overhead once. All see the same batches in the same order, and each
-keeps its own learning rate, weight decay and seed.
+keeps its own learning rate, weight decay, dropout and seed. What the first layer takes of a row is
+`models/network_inputs.py`'s.
 
 Suffixes: K networks, B rows of a batch, I and O inputs and outputs of a layer.
 """
@@ -23,10 +24,19 @@ from models.families import (
     Fitted,
     TrainingData,
     Variant,
+    VariantError,
     alike,
     completed,
     require_above_zero,
     require_at_least,
+)
+from models.network_inputs import (
+    Columns,
+    Scaling,
+    Vectors,
+    columns_of,
+    scaled,
+    stacked,
 )
 
 DEFAULTS: dict[str, Any] = {
@@ -37,6 +47,11 @@ DEFAULTS: dict[str, Any] = {
     "order_seed": 0,
     "learning_rate": 0.003,
     "weight_decay": 0.01,
+    "dropout": 0.0,
+    "category_size": 0,
+    "number_size": 0,
+    "frequencies": 16,
+    "frequency_scale": 0.1,
     "positive_weight": 1.0,
     "seed": 0,
 }
@@ -48,8 +63,11 @@ def fit_pack(
     """Trains each variant, equal to training it alone up to float32 rounding.
 
     Args:
-        variants: Settings out of `DEFAULTS`; "seed" draws the first weights, "order_seed" the
-            order of the rows, "depth" counts hidden layers.
+        variants: Settings out of `DEFAULTS`; "seed" draws the first weights and what is dropped,
+            "order_seed" the order of the rows, "depth" counts hidden layers. "dropout" is the
+            share of a hidden layer's outputs left out at each step. "category_size" and
+            "number_size" are the sizes of a column's vector, 0 for none; a number's is made of
+            "frequencies" that are drawn with the standard deviation "frequency_scale".
         data: Rows to train on and to score.
         accelerator: Lightning's name of the device, "cpu" or "gpu".
 
@@ -61,24 +79,38 @@ def fit_pack(
     """
     settings = [completed("network", variant, DEFAULTS) for variant in variants]
     for each in settings:
-        require_at_least("network", each, ("width", "depth", "epochs", "batch_rows"), 1)
-        require_at_least("network", each, ("weight_decay", "seed", "order_seed"), 0)
-        require_above_zero("network", each, ("learning_rate", "positive_weight"))
-    if not settings:
-        return []
-    scaling = scaling_of(data.x_train)
-    x_train = scaled(scaling, data.x_train)
+        counts = ("width", "depth", "epochs", "batch_rows", "frequencies")
+        require_at_least("network", each, counts, 1)
+        sizes = ("category_size", "number_size")
+        require_at_least("network", each, ("weight_decay", "seed", "order_seed", *sizes), 0)
+        require_at_least("network", each, ("dropout",), 0)
+        require_above_zero("network", each, ("learning_rate", "positive_weight", "frequency_scale"))
+        if each["dropout"] >= 1:
+            raise VariantError(
+                f"setting 'dropout' of 'network' is {each['dropout']!r}; give a share below 1"
+            )
 
     fitted: dict[int, Fitted] = {}
     for places in alike(settings, FREE["network"]):
         started = time.perf_counter()
-        layers = _train([settings[place] for place in places], x_train, data.y_train, accelerator)
+        shape = settings[places[0]]
+        columns = columns_of(
+            data.x_train,
+            data.categories,
+            **{name: shape[name] for name in ("category_size", "number_size", "frequencies")},
+        )
+        layers, vectors = _train([settings[place] for place in places], columns, data, accelerator)
         training_s = time.perf_counter() - started
         for k, place in enumerate(places):
             started = time.perf_counter()
             # Copied, so that a pickled variant doesn't carry the whole pack.
             own = tuple((w_kio[k].copy(), b_k1o[k].copy()) for w_kio, b_k1o in layers)
-            predict = partial(predict_layers, scaling, own)
+            trained = {name: value[k] for name, value in vectors.items()}
+            predict = (
+                partial(predict_layers, columns.scaling, own)
+                if columns.plain
+                else partial(predict_vectors, Vectors.of(columns, trained, data.x_train), own)
+            )
             scores = predict(data.x_valid)
             fitted[place] = Fitted(
                 variant=dict(variants[place]),
@@ -90,20 +122,28 @@ def fit_pack(
 
 
 def _train(
-    settings: Sequence[dict[str, Any]], x: np.ndarray, y: np.ndarray, accelerator: str
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Weights (K, I, O) and biases (K, 1, O) of each layer, float32."""
+    settings: Sequence[dict[str, Any]], columns: Columns, data: TrainingData, accelerator: str
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict[str, np.ndarray]]:
+    """Weights (K, I, O) and biases (K, 1, O) of each layer, and of vectors (K, ., .); float32."""
     import pytorch_lightning
     import torch
 
     shape = settings[0]
-    sizes = [x.shape[1], *[shape["width"]] * shape["depth"], 1]
+    sizes = [columns.width, *[shape["width"]] * shape["depth"], 1]
     last = _last_product() if accelerator == "cpu" else torch.bmm
 
     class Pack(pytorch_lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            drawn = [_first_weights(each["seed"], sizes) for each in settings]
+            draws = [np.random.default_rng(each["seed"]) for each in settings]
+            drawn = [_first_weights(each, sizes) for each in draws]
+            vectors = [columns.first_values(each, shape["frequency_scale"]) for each in draws]
+            self.vectors = torch.nn.ParameterDict(
+                {
+                    name: torch.stack([torch.from_numpy(each[name]) for each in vectors])
+                    for name in vectors[0]
+                }
+            )
             self.weights = torch.nn.ParameterList(
                 torch.stack([torch.from_numpy(net[at][0]) for net in drawn])
                 for at in range(len(sizes) - 1)
@@ -113,18 +153,21 @@ def _train(
                 for at in range(len(sizes) - 1)
             )
 
-        def forward(self, x_bi: Any) -> Any:
-            h_kbi = x_bi.expand(len(settings), -1, -1)
+        def forward(self, x_bi: Any, codes_bq: Any = None) -> Any:
+            if columns.plain:
+                h_kbi = x_bi.expand(len(settings), -1, -1)
+            else:
+                h_kbi = stacked(columns, self.vectors, x_bi, codes_bq)
             for at, (w_kio, b_k1o) in enumerate(zip(self.weights, self.biases, strict=True)):
                 if at > 0:
-                    h_kbi = torch.relu(h_kbi)
+                    h_kbi = drop(torch.relu(h_kbi))
                 if at == len(sizes) - 2:
                     return (last(h_kbi, w_kio) + b_k1o)[:, :, 0]
                 h_kbi = torch.baddbmm(b_k1o, h_kbi, w_kio)
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            x_bi, y_b = batch
-            logits_kb = self(x_bi)
+            *row, y_b = batch
+            logits_kb = self(*row)
             # Mean over rows, sum over networks: each one's gradient is that of its own loss.
             if len(y_b) == shape["batch_rows"]:
                 return self._loss(logits_kb, y_b.expand_as(logits_kb), "none").mean(dim=1).sum()
@@ -145,7 +188,12 @@ def _train(
                 [each["weight_decay"] for each in settings],
             )
 
-    batches = _Batches(x, y, shape["batch_rows"], shape["order_seed"])
+    drop = _Dropout([each["dropout"] for each in settings], [each["seed"] for each in settings])
+    row = [columns.numbers_of(data.x_train)]
+    if columns.categories.size:
+        row.append(columns.codes_of(data.x_train))
+    y = data.y_train.astype(np.float32)
+    batches = _Batches(*row, y, rows=shape["batch_rows"], seed=shape["order_seed"])
     with _quiet_lightning(), _one_thread():
         trainer = pytorch_lightning.Trainer(
             accelerator=accelerator,
@@ -158,10 +206,11 @@ def _train(
         )
         pack = Pack()
         trainer.fit(pack, train_dataloaders=batches)
-    return [
+    layers = [
         (w_kio.detach().cpu().numpy(), b_k1o.detach().cpu().numpy())
         for w_kio, b_k1o in zip(pack.weights, pack.biases, strict=True)
     ]
+    return layers, {name: value.detach().cpu().numpy() for name, value in pack.vectors.items()}
 
 
 @contextmanager
@@ -203,22 +252,44 @@ class _Batches:
     Not a DataLoader: the rows are in memory already, so workers would only add copies.
     """
 
-    def __init__(self, x: np.ndarray, y: np.ndarray, rows: int, seed: int) -> None:
+    def __init__(self, *arrays: np.ndarray, rows: int, seed: int) -> None:
         import torch
 
-        self._x = torch.from_numpy(x)
-        self._y = torch.from_numpy(y.astype(np.float32))
+        self._tensors = [torch.from_numpy(each) for each in arrays]
         self._rows = rows
         self._order = np.random.default_rng(seed)
 
     def __len__(self) -> int:
-        return -(-len(self._y) // self._rows)
+        return -(-len(self._tensors[0]) // self._rows)
 
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        order = self._order.permutation(len(self._y))
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        order = self._order.permutation(len(self._tensors[0]))
         for at in range(0, len(order), self._rows):
             chosen = order[at : at + self._rows]
-            yield self._x[chosen], self._y[chosen]
+            yield tuple(each[chosen] for each in self._tensors)
+
+
+class _Dropout:
+    """Drops a share of what each network's layer gives, by draws of that network alone."""
+
+    def __init__(self, shares: Sequence[float], seeds: Sequence[int]) -> None:
+        import torch
+
+        self._shares = shares
+        # On the CPU, so that a GPU drops the same.
+        self._draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, h_kbo: Any) -> Any:
+        import torch
+
+        if not any(self._shares):
+            return h_kbo
+        kept_kbo = torch.ones(h_kbo.shape)
+        for kept_bo, share, draws in zip(kept_kbo, self._shares, self._draws, strict=True):
+            if share:
+                drawn = torch.rand(kept_bo.shape, generator=draws)
+                kept_bo.copy_((drawn >= share) / (1 - share))
+        return h_kbo * kept_kbo.to(h_kbo.device)
 
 
 def _last_product() -> Any:
@@ -291,9 +362,10 @@ def _stacked_adamw(
     return StackedAdamW()
 
 
-def _first_weights(seed: int, sizes: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Weights (I, O) by He's rule and zero biases (1, O), drawn from this seed only."""
-    draws = np.random.default_rng(seed)
+def _first_weights(
+    draws: np.random.Generator, sizes: Sequence[int]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Weights (I, O) by He's rule and zero biases (1, O)."""
     return [
         (
             (draws.standard_normal((i, o)) * np.sqrt(2 / i)).astype(np.float32),
@@ -303,31 +375,21 @@ def _first_weights(seed: int, sizes: Sequence[int]) -> list[tuple[np.ndarray, np
     ]
 
 
-def scaling_of(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean (p,), spread (p,) and the positions of features with a missing value."""
-    present = ~np.isnan(x)
-    counts = np.maximum(present.sum(axis=0), 1)
-    filled = np.where(present, x, 0).astype(np.float64)
-    mean = filled.sum(axis=0) / counts
-    spread = np.sqrt((np.where(present, filled - mean, 0) ** 2).sum(axis=0) / counts)
-    return mean, np.where(spread > 0, spread, 1.0), np.flatnonzero(~present.all(axis=0))
-
-
-def scaled(scaling: tuple[np.ndarray, np.ndarray, np.ndarray], x: np.ndarray) -> np.ndarray:
-    """Standardised features, missing at the mean, then an indicator a gappy feature; float32."""
-    mean, spread, gappy = scaling
-    missing = np.isnan(x)
-    standard = np.where(missing, 0.0, (x - mean) / spread)
-    return np.hstack([standard, missing[:, gappy]]).astype(np.float32)
-
-
 def predict_layers(
-    scaling: tuple[np.ndarray, np.ndarray, np.ndarray],
-    layers: Sequence[tuple[np.ndarray, np.ndarray]],
-    x: np.ndarray,
+    scaling: Scaling, layers: Sequence[tuple[np.ndarray, np.ndarray]], x: np.ndarray
 ) -> np.ndarray:
     """Probability of 1 a row, (n,) float64, from layers of weights (I, O) and biases (1, O)."""
-    h = scaled(scaling, x)
+    return _probability(scaled(scaling, x), layers)
+
+
+def predict_vectors(
+    vectors: Vectors, layers: Sequence[tuple[np.ndarray, np.ndarray]], x: np.ndarray
+) -> np.ndarray:
+    """The same of a network whose columns have vectors."""
+    return _probability(vectors(x), layers)
+
+
+def _probability(h: np.ndarray, layers: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     for at, (w_io, b_1o) in enumerate(layers):
         # Not a matrix product: BLAS sums in an order that depends on the other rows, and a row
         # must score the same alone as among others.

@@ -55,7 +55,7 @@ _ERROR_CHARACTERS = 5_000
 # Runs a transaction: others can't write to a SQLite database meanwhile.
 _BATCH = 200
 # A transaction costs about as much for one run as for twenty.
-_GATHER_S = 1.0
+_GATHER_S = 3.0
 
 
 class RegistryError(ValueError):

@@ -2,7 +2,8 @@
 
 By time: a row whose label is known only after the next part begins would carry that part's
 outcomes into training, so it is purged (M. López de Prado, Advances in Financial Machine Learning,
-2018, section 7.4.1). Stratified: drawn, each part with the classes' shares of the whole.
+2018, section 7.4.1). Stratified: drawn, each part with the classes' shares of the whole. The rows
+that train can be split once more, into the folds of a cross-validation, by the same two rules.
 """
 
 from datetime import datetime
@@ -89,3 +90,76 @@ def stratified(
                 f"test_share={test_share:g}; give more rows or other shares"
             )
     return parts
+
+
+def folds_by_time(
+    cutoffs: pl.Series, *, known: pl.Series, folds: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Folds whose training rows all come before those scored: a window that grows.
+
+    The rows' times are cut into folds + 1 stretches of as many rows, the first a little longer;
+    each but the first is scored once, by what the ones before it teach. Rows of one cutoff stay
+    together, and a row whose label is known only after the scored stretch begins is purged.
+
+    Args:
+        cutoffs: (n,) Datetime, naive UTC.
+        known: (n,) Datetime, naive UTC: when each row's label is known.
+        folds: How many, 2 or more.
+
+    Returns:
+        Places of the rows that train and of those scored, ascending, a fold each.
+
+    Raises:
+        SplitError: There are too few rows or cutoffs, or purging leaves none to train on.
+    """
+    ordered = cutoffs.sort()
+    size = len(ordered) // (folds + 1)
+    starts = (
+        [ordered[len(ordered) - (folds - fold) * size] for fold in range(folds)] if size else []
+    )
+    if not starts or [ordered[0], *starts] != sorted({ordered[0], *starts}):
+        raise SplitError(
+            f"{folds} folds of {len(cutoffs)} training rows with {cutoffs.n_unique()} cutoffs: "
+            "each needs cutoffs of its own, and one more to train on first; give fewer folds, or 0"
+        )
+    parts = []
+    for start, end in zip(starts, [*starts[1:], None], strict=True):
+        train = ((cutoffs < start) & (known <= start)).arg_true().to_numpy()
+        scored = cutoffs >= start if end is None else (cutoffs >= start) & (cutoffs < end)
+        if not train.size:
+            raise SplitError(
+                f"no row trains the fold from {start}: no label of an earlier cutoff is known by "
+                "then; give fewer folds"
+            )
+        parts.append((train, scored.arg_true().to_numpy()))
+    return parts
+
+
+def folds_drawn(
+    labels: pl.Series | np.ndarray, *, folds: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Folds drawn with each class spread evenly over them; every row is scored once.
+
+    Args:
+        labels: (n,) integers.
+        folds: How many, 2 or more.
+        seed: Of the draw, which also depends on the rows' order.
+
+    Returns:
+        Places of the rows that train and of those scored, ascending, a fold each.
+
+    Raises:
+        SplitError: A class has fewer rows than there are folds.
+    """
+    y_n = np.asarray(labels)
+    draws = np.random.default_rng(seed)
+    fold_n = np.empty(y_n.size, dtype=np.int64)
+    for value in np.unique(y_n):
+        rows = draws.permutation(np.flatnonzero(y_n == value))
+        if rows.size < folds:
+            raise SplitError(
+                f"{rows.size} training rows have the label {value}, fewer than {folds} folds; "
+                "give fewer folds"
+            )
+        fold_n[rows] = np.arange(rows.size) % folds
+    return [(np.flatnonzero(fold_n != at), np.flatnonzero(fold_n == at)) for at in range(folds)]

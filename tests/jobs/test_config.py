@@ -85,6 +85,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("boosting: {packs: 2,", "bosting: {packs: 2,", r"family 'bosting'.*'boosting'"),
         ("trees: [5, 10], depth: 3", "tree: [5, 10]", r"'tree' isn't a setting of 'forest'"),
         ("network: {packs: 1,", "network: {packs: 0,", r"sweep.families.network.packs: got 0"),
+        ("sweep:\n", "sweep:\n  folds: 1\n", r"folds 1: give 2 or more, or 0"),
     ],
 )  # fmt: skip
 def test_a_target_or_sweep_that_does_not_fit_is_told(

@@ -1,7 +1,7 @@
 """The best of a sweep, alone, together and calibrated, in a real registry."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 from jobs.register import RegisterError, register
 from jobs.sweep import Outcome, train_pack
 from jobs.training_set import LABEL, SPLIT, FeatureColumn, Matrices, encode
-from models.families import packs
+from models.families import FAMILIES, Fitted, TrainingData, Variant, packs
 from models.metrics import auc
 from models.registry import Registry
 
@@ -77,7 +77,8 @@ def test_the_best_together_beat_the_best_alone_and_score_as_they_were_tested(
     assert together_.family == "ensemble"
     assert together_.valid_score > alone.valid_score
     members = together_.variant["members"]
-    assert sum(member["weight"] for member in members) == pytest.approx(1)
+    if "offset" not in together_.variant:
+        assert sum(member["weight"] for member in members) == pytest.approx(1)
     assert all({k: v for k, v in m.items() if k != "weight"} in VARIANTS[:3] for m in members)
     assert calibrated.test["log_loss"] < together_.test["log_loss"] + 0.01
     assert calibrated.variant.get("calibration") in (None, "platt", "isotonic")
@@ -147,3 +148,42 @@ def test_what_was_stopped_early_is_not_registered(
     failed = [replace(each, score=None, error="ValueError: no") for each in outcomes]
     with pytest.raises(RegisterError, match="all 4 variants failed"):
         register("target", failed, frame, matrices, said, registry, **settings)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Squeezed:
+    """A model whose scores an average would drown."""
+
+    predict: Callable[[np.ndarray], np.ndarray]
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return self.predict(x) * 1e-3
+
+
+def test_a_stack_is_registered_where_validation_says_so(
+    frame: pl.DataFrame,
+    matrices: Matrices,
+    outcomes: list[Outcome],
+    registry: Registry,
+    tmp_path: Path,
+) -> None:
+    def squeezed(variants: Sequence[Variant], data: TrainingData) -> list[Fitted]:
+        first, *others = [FAMILIES[v["family"]]([v], data)[0] for v in variants]
+        return [
+            first,
+            *(
+                replace(each, predict=Squeezed(each.predict), valid_scores=each.valid_scores * 1e-3)
+                for each in others
+            ),
+        ]
+
+    done = register(
+        "target", outcomes, frame, matrices, [FeatureColumn(name=n, description=n, unit="")
+        for n in NAMES], registry, baseline_features=[], data_version="training/target@0", seed=1,
+        git_revision="0a1b2c3", evaluation=tmp_path / "evaluation.json", together=4, fit=squeezed,
+    )  # fmt: skip
+    assert done.family == "ensemble" and done.variant["offset"] > 0
+    assert min(member["weight"] for member in done.variant["members"]) > 0
+    _, scorer = registry.load("target", done.model_version)
+    test_rows = frame.filter(pl.col(SPLIT) == "test")
+    assert auc(matrices.y["test"], scorer.score(test_rows)) == done.test["auc"]

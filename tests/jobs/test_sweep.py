@@ -10,10 +10,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import xgboost
 
 from cluster import session
 from jobs import sweep
 from jobs.config import Sweep
+from jobs.refit import refit
 from jobs.search import Learned
 from models import clustering, families
 from models.families import Fitted, TrainingData, Variant
@@ -305,3 +307,26 @@ def test_models_are_trained_again_as_they_were(
     assert [each.variant for each in fitted] == VARIANTS[::-1]
     for each, outcome in zip(fitted, outcomes[::-1], strict=True):
         assert auc(data.y_valid, each.predict(data.x_valid)) == outcome.score
+
+
+def test_what_was_chosen_is_trained_on_all_rows(data: TrainingData, pair: sweep.Pool) -> None:
+    stopped = {"family": "boosting", "rounds": 300, "depth": 3, "patience": 20}
+    forest = {"family": "forest", "trees": 5, "depth": 3}
+    chosen = sweep.fit([stopped, forest], data, on=pair)
+    again = refit(chosen, data, on=pair)
+    x, y = np.concatenate([data.x_train, data.x_valid]), [*data.y_train, *data.y_valid]
+    rounds = max(chosen[0].curve, key=lambda point: (point[1], -point[0]))[0]
+    assert rounds < 280
+    params = {
+        "objective": "binary:logistic",
+        "max_depth": 3,
+        "learning_rate": 0.1,
+        "max_bin": 64,
+        "nthread": 1,
+        "seed_per_iteration": True,
+    }
+    alone = xgboost.train(params, xgboost.QuantileDMatrix(x, y, max_bin=64, nthread=1), rounds)
+    assert (again[0].predict(x) == alone.predict(xgboost.DMatrix(x))).all()
+    whole = TrainingData(x_train=x, y_train=np.array(y), x_valid=x, y_valid=np.array(y))
+    (wanted,) = families.FAMILIES["forest"]([forest], whole)
+    assert (again[1].predict(x) == wanted.predict(x)).all()

@@ -143,3 +143,28 @@ def test_a_stream_of_an_undeclared_column_is_told(tmp_path: Path) -> None:
         ConfigError, match=r"features.buys names column 'snt' of 'mailings'.*'sent'"
     ):
         load(file)
+
+
+def test_folds_are_by_time_and_purged_or_drawn_as_the_parts_are(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    done, _ = assembled("lapse", pipeline, tmp_path)
+    frame = training_set.load("lapse", tmp_path / "tables", done.version)
+    names = [c.name for c in training_set.feature_columns(pipeline.targets["lapse"], pipeline)]
+    matrices = training_set.encode(frame, names)
+    target = pipeline.targets["lapse"]
+    rows = frame.filter(pl.col("_split") == "train")
+    found = training_set.folds(target, frame, matrices, count=2, seed=0)
+    for train, scored in found.parts:
+        start = rows["_cutoff"][scored].min()
+        # A label looks 10 days ahead.
+        assert (rows["_cutoff"][train] + timedelta(days=10) <= start).all()
+    assert found.categories == tuple(2 if name == "region" else 0 for name in names)
+    for each, (train, _) in zip(found.each, found.parts, strict=True):
+        assert each.y_train.tolist() == rows["_label"][train].to_list()
+
+    by_draw = target.split.model_validate({"validate_share": 0.2, "test_share": 0.2})
+    drawn = training_set.folds(
+        target.model_copy(update={"split": by_draw}), frame, matrices, count=3, seed=0
+    )
+    assert sum(scored.size for _, scored in drawn.parts) == rows.height

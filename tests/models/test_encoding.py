@@ -36,6 +36,7 @@ def test_rows_encode_as_their_frame_does(rows: list[dict[str, object]], order: l
     )
     assert (x.dtype, x.flags.c_contiguous) == (np.float32, True)
     np.testing.assert_array_equal(x, encoder.transform(frame))
+    assert encoder.categories == tuple(2 if name == "channel" else 0 for name in order)
 
 
 @pytest.mark.parametrize("name", FRAME.columns)

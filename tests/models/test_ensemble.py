@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from models import calibration, ensemble
 from models.metrics import auc, log_loss
@@ -35,6 +36,28 @@ def test_a_model_that_nothing_helps_stays_alone() -> None:
     assert ensemble.greedy(y, [perfect, bad]) == [1.0, 0.0]
     with pytest.raises(ensemble.EnsembleError, match="0 models"):
         ensemble.greedy(y, [])
+
+
+def test_a_stack_is_what_scikit_learn_finds_and_beats_the_mean_where_scores_are_off(
+    scored: tuple[np.ndarray, list[np.ndarray]],
+) -> None:
+    y, scores = scored
+    weights, offset = ensemble.stacked(y, scores)
+    z = np.column_stack([ensemble.log_odds(each) for each in scores])
+    # Its penalty pulls to 0, not to the mean: little on so many rows.
+    theirs = LogisticRegression(C=1.0, tol=1e-8, max_iter=1000).fit(z, y)
+    assert min(weights) >= 0 and theirs.coef_[0].min() > -0.05
+    np.testing.assert_allclose(weights, theirs.coef_[0].clip(0), atol=0.02)
+    assert offset == pytest.approx(float(theirs.intercept_[0]), abs=0.02)
+    # Squeezed towards one end, a model drowns in an average.
+    squeezed = [scores[0], scores[1] * 1e-3, scores[2] * 1e-3]
+    assert ensemble.stacking_helps(y, squeezed)
+    assert not ensemble.stacking_helps(y, scores[:1])
+    p = ensemble.stack(squeezed, *ensemble.stacked(y, squeezed))
+    assert auc(y, p) > auc(y, ensemble.mean(squeezed, ensemble.greedy(y, squeezed)))
+    bound = ensemble.Stack(models=(_double, _double), weights=(0.5, 0.2), offset=0.3)
+    x = np.linspace(0, 0.5, 37, dtype=np.float32)[:, None]
+    np.testing.assert_array_equal([bound(row[None])[0] for row in x], bound(x))
 
 
 def _double(x: np.ndarray) -> np.ndarray:

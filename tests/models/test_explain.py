@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import calibration, ensemble, explain, network
+from models import calibration, ensemble, explain, network_inputs
 from models.families import FAMILIES, TrainingData
 
 VARIANTS: dict[str, dict[str, object]] = {
@@ -19,7 +19,16 @@ VARIANTS: dict[str, dict[str, object]] = {
     "network": {"width": 8, "depth": 3, "epochs": 4},
     "logistic": {},
 }
-KINDS = (*VARIANTS, "ensemble", "platt", "platt of forest", "isotonic", "isotonic of forest")
+KINDS = (
+    *VARIANTS,
+    "vectors",
+    "stack",
+    "ensemble",
+    "platt",
+    "platt of forest",
+    "isotonic",
+    "isotonic of forest",
+)
 
 
 def draw_x(rows: int, seed: int) -> np.ndarray:
@@ -35,7 +44,13 @@ def data() -> TrainingData:
     x = draw_x(500, 1)
     filled = np.nan_to_num(x)
     y = (filled[:, 0] * filled[:, 1] + filled[:, 3] > 0.7).astype(np.int8)
-    return TrainingData(x_train=x[:400], y_train=y[:400], x_valid=x[400:], y_valid=y[400:])
+    return TrainingData(
+        x_train=x[:400],
+        y_train=y[:400],
+        x_valid=x[400:],
+        y_valid=y[400:],
+        categories=(0, 0, 0, 3, 0),
+    )
 
 
 @cache
@@ -43,6 +58,13 @@ def model(kind: str) -> Callable[[np.ndarray], np.ndarray]:
     if kind in VARIANTS:
         (fitted,) = FAMILIES[kind]([{"family": kind, **VARIANTS[kind]}], data())
         return fitted.predict
+    if kind == "vectors":
+        of_columns = {"category_size": 2, "number_size": 3, "frequencies": 4}
+        (fitted,) = FAMILIES["network"]([{**VARIANTS["network"], **of_columns}], data())
+        return fitted.predict
+    if kind == "stack":
+        models = (model("boosting"), model("forest"), model("network"))
+        return ensemble.Stack(models=models, weights=(0.5, 0.9, 0.2), offset=-0.1)
     if kind == "ensemble":
         models = (model("boosting"), model("forest"), model("network"))
         return ensemble.Average(models=models, weights=(0.5, 0.3, 0.2))
@@ -110,16 +132,23 @@ def _expected(tree: object, codes: np.ndarray, known: tuple[int, ...], node: int
     ) / float(weight[node])
 
 
-def test_integrated_gradients_are_the_integral() -> None:
-    predict = model("network")
+@pytest.mark.parametrize("kind", ["network", "vectors"])
+def test_integrated_gradients_are_the_integral(kind: str) -> None:
+    predict = model(kind)
     assert isinstance(predict, partial)
-    scaling, layers = predict.args
+    before, layers = predict.args
     x = draw_x(3, 5)
-    inputs = network.scaled(scaling, x).astype(np.float64)
+    if kind == "network":
+        inputs = network_inputs.scaled(before, x).astype(np.float64)
+        base, owners = np.zeros(inputs.shape[1]), [*range(5), *before[2]]
+    else:
+        inputs, base = before(x).astype(np.float64), before.base_i.astype(np.float64)
+        # Four numbers of three each, their gaps, and the category's two.
+        owners = [*np.repeat([0, 1, 2, 4], 3), 0, 1, 2, 3, 3]
     wide = [(w.astype(np.float64), b.astype(np.float64)) for w, b in layers]
     steps = (np.arange(20_000) + 0.5) / 20_000
     for at, input_i in enumerate(inputs):
-        h, on = steps[:, None] * input_i, []
+        h, on = base + steps[:, None] * (input_i - base), []
         for w_io, b_1o in wide[:-1]:
             h = h @ w_io + b_1o
             on.append(h > 0)
@@ -127,10 +156,9 @@ def test_integrated_gradients_are_the_integral() -> None:
         gradient = np.tile(wide[-1][0][:, 0], (len(steps), 1))
         for (w_io, _), lit in zip(reversed(wide[:-1]), reversed(on), strict=True):
             gradient = (gradient * lit) @ w_io.T
-        expected = gradient.mean(axis=0) * input_i
+        expected = gradient.mean(axis=0) * (input_i - base)
         found = explain.explain(predict, x[at : at + 1]).contributions_np[0]
-        whole = expected[:5].copy()
-        whole[scaling[2]] += expected[5:]
+        whole = np.bincount(owners, expected, minlength=5)
         np.testing.assert_allclose(found, whole, atol=1e-3)
 
 

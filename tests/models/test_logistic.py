@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from models import boosting, forest, logistic, network
+from models import boosting, forest, logistic, network, network_inputs
 from models.families import TrainingData, VariantError
 from models.metrics import auc
 
@@ -22,8 +22,8 @@ def data() -> TrainingData:
 def test_each_step_is_what_scikit_learn_finds(data: TrainingData, weight: float) -> None:
     penalties = (0.5, 20.0, 3000.0)
     packed = logistic.fit_pack([{"l2": l2, "positive_weight": weight} for l2 in penalties], data)
-    scaling = network.scaling_of(data.x_train)
-    x_train, x_valid = (network.scaled(scaling, x) for x in (data.x_train, data.x_valid))
+    scaling = network_inputs.scaling_of(data.x_train)
+    x_train, x_valid = (network_inputs.scaled(scaling, x) for x in (data.x_train, data.x_valid))
     for l2, ours in zip(penalties, packed, strict=True):
         theirs = LogisticRegression(C=1 / l2, tol=1e-10, max_iter=1000, class_weight={1: weight})
         theirs.fit(x_train.astype(float), data.y_train)
