@@ -108,7 +108,8 @@ def fit_pack(
             started = time.perf_counter()
             asked = settings[place]["rounds"]
             rounds, curve = growing.chosen(asked)
-            predict = partial(_predict, growing.booster, rounds)
+            how = _predict if device == "cpu" else _predict_on_device
+            predict = partial(how, growing.booster, rounds)
             pruned = until is not None and until < asked and not growing.stopped
             fitted[place] = Fitted(
                 variant=dict(variants[place]),
@@ -239,6 +240,13 @@ def _scores(booster: Any, rounds: int, matrix: Any) -> np.ndarray:
 
 
 def _predict(booster: Any, rounds: int, x: np.ndarray) -> np.ndarray:
+    # The bits of a matrix's prediction, in about half the time for a single row.
+    scores: np.ndarray = booster.inplace_predict(x, iteration_range=(0, rounds))
+    return scores.astype(np.float64)
+
+
+def _predict_on_device(booster: Any, rounds: int, x: np.ndarray) -> np.ndarray:
     import xgboost
 
+    # A booster on a GPU doesn't take rows of this machine's memory as they are.
     return _scores(booster, rounds, xgboost.DMatrix(x, nthread=1))

@@ -103,7 +103,7 @@ def explain(predict: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> Expla
                 ),
                 scale=LOG_ODDS,
             )
-        case partial(func=boosting._predict, args=(booster, rounds)):
+        case partial(func=boosting._predict | boosting._predict_on_device, args=(booster, rounds)):
             return _shap(booster, rounds, x, LOG_ODDS)
         case partial(func=forest._predict_binned, args=(trees, bins)):
             return _forest(trees, bins.codes(x), predict)

@@ -24,7 +24,9 @@ from urllib.parse import quote
 
 import httpx
 import numpy as np
+import polars as pl
 import pyarrow as pa
+from polars import selectors
 
 # The variable with the key of a service that asks for one.
 API_KEY = "LIFTYARD_API_KEY"
@@ -472,17 +474,12 @@ def _routed(key: str | None) -> dict[str, str]:
 
 
 def _stream(table: Streamed) -> bytes:
-    taken = pa.table(table)
     # The service takes strings as they are, without a dictionary.
-    plain = pa.schema(
-        [
-            field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
-            for field in taken.schema
-        ]
-    )
+    plain = pl.DataFrame(table).cast({selectors.categorical() | selectors.enum(): pl.String})
+    sent = plain.to_arrow()
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, plain) as writer:
-        writer.write_table(taken.cast(plain))
+    with pa.ipc.new_stream(sink, sent.schema) as writer:
+        writer.write_table(sent)
     written: bytes = sink.getvalue().to_pybytes()
     return written
 

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cluster.bootstrap import SETTINGS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -186,6 +188,57 @@ class Network:
             host.kill()
             sh("ip", "netns", "del", host.name)
         sh("ip", "link", "del", self.name)
+
+
+class Cluster:
+    """A head and workers on a network."""
+
+    def __init__(self, network: Network, folder: Path) -> None:
+        self.network, self.folder = network, folder
+        self.authority = Authority(folder / "authority")
+        self.token = folder / "token"
+        self.token.write_text("a" * 64)
+        self.token.chmod(0o600)
+        self.head = network.host()
+        self.boot(self.head, "head")
+
+    def variables(self) -> dict[str, str]:
+        return {
+            "LIFTYARD_HEAD_HOST": self.head.address,
+            "LIFTYARD_RAY_PORT": "6379",
+            "LIFTYARD_DASHBOARD_PORT": "8265",
+            "LIFTYARD_DASK_PORT": "8786",
+            "LIFTYARD_DASK_WORKERS": "2",
+            "LIFTYARD_CPUS": "2",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token),
+            # A driver of ours isn't started by the node, so it doesn't inherit them.
+            **SETTINGS,
+            # Shorter than Ray's own, so that the test is.
+            "RAY_gcs_server_request_timeout_seconds": "15",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "2000",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+            "HEAD": f"{self.head.address}:6379",
+            "SCHEDULER": f"tls://{self.head.address}:8786",
+        }
+
+    def boot(self, host: Host, role: str) -> None:
+        tls = self.authority.issue(host.folder / "tls", host.address)
+        host.boot(role, {**self.variables(), **tls})
+
+    def worker(self) -> Host:
+        host = self.network.host()
+        self.boot(host, "worker")
+        return host
+
+    def ready(self, *hosts: Host) -> None:
+        for host in hosts:
+            until(
+                lambda host=host: host.health().get("state") == "ready",
+                90,
+                lambda host=host: (host.folder / "node.log").read_text(encoding="utf-8"),
+            )
 
 
 def until(found: Callable[[], Any], limit_s: float, what: Callable[[], Any]) -> Any:
