@@ -413,7 +413,8 @@ class _Work:
             url = (
                 app.serve(
                     self.environment.tracking_uri,
-                    host=wanted.hostname or "127.0.0.1",
+                    # Without keys it is opened to nobody else; `liftyard serve` does that.
+                    host=wanted.hostname if wanted.hostname in app.HOSTS else app.HOSTS[0],
                     port=wanted.port or ports.free(1)[0],
                     models=None if stays else list(self.pipeline.targets),
                     access=access,
@@ -425,6 +426,11 @@ class _Work:
             asked = url if here is None else here.direct
         if not stays:
             self.stack.callback(app.stop)
+        elif here is None and wanted.hostname not in (None, *app.HOSTS):
+            self.console.print(
+                f"served on the head's loopback, not at {self.environment.serve_url}: "
+                "`liftyard serve FILE` opens it there, with keys"
+            )
         client = self.stack.enter_context(Client(asked, key=key))
         scored: dict[str, list[dict[str, Any]]] = {}
         explained: dict[str, dict[str, Any]] = {}
