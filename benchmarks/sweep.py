@@ -82,19 +82,23 @@ def _synthetic() -> pl.DataFrame:
 
 
 def drawn(boosting: int = 0, forests: int = 0, networks: int = 0) -> list[Variant]:
-    """Variants as a user would sweep them; counts are multiples of 8, 6 and 30."""
+    """Variants as a user would sweep them; counts are multiples of 10, 10 and 30.
+
+    A pack's boosters and forests differ in size, ten sizes each: what packs have to share decides
+    the ratio to engines that share nothing.
+    """
     families: dict[str, Any] = {}
     if boosting:
-        settings = {**TREES, "rounds": list(range(25, 201, 25))}
-        families["boosting"] = {"packs": boosting // 8, "pack_size": 8, "settings": settings}
+        settings = {**TREES, "rounds": list(range(20, 201, 20))}
+        families["boosting"] = {"packs": boosting // 10, "pack_size": 10, "settings": settings}
     if forests:
         settings = {
-            "trees": [10, 20, 40, 60, 80, 100],
+            "trees": list(range(10, 101, 10)),
             "depth": {"min": 4, "max": 12},
             "min_leaf": {"min": 2, "max": 50, "log": True},
             "feature_share": {"min": 0.2, "max": 0.8},
         }
-        families["forest"] = {"packs": forests // 6, "pack_size": 6, "settings": settings}
+        families["forest"] = {"packs": forests // 10, "pack_size": 10, "settings": settings}
     if networks:
         settings = {
             "width": [16, 32],
@@ -185,7 +189,7 @@ def overhead(data: TrainingData, workers: int, scale: float) -> dict[str, Any]:
 
 def mixed(data: TrainingData, workers: int, scale: float) -> dict[str, Any]:
     """Boosting, forests and networks, both sides tracked in MLflow on SQLite."""
-    sizes = ((120, 8), (60, 6), (120, 30))
+    sizes = ((120, 10), (60, 10), (120, 30))
     variants = drawn(*(max(pack, int(count * scale) // pack * pack) for count, pack in sizes))
     wall_s, found, _ = ours(variants, data, workers=workers, tracked=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -174,7 +174,7 @@ def score_file(
             if number in done:
                 continue
             typed = _typed(batch, by.kinds, file, number * batch_rows) if _is_text(file) else batch
-            scores_n = by.score(typed.select(by.kinds)) if rows else np.empty(0)
+            scores_n = by.score(typed.select(list(by.kinds))) if rows else np.empty(0)
             batches.keep(parts, number, typed.with_columns(pl.Series(SCORE, scores_n)))
             on_done(batch.height)
     except pl.exceptions.PolarsError as error:

@@ -107,6 +107,14 @@ def test_score_a_file(folder: Path, job: str, tmp_path: Path, suffix: str) -> No
     scored = pl.read_csv(out) if suffix == ".csv" else pl.read_parquet(out)
     assert scored.columns == [*rows.columns, "score"]
     assert scored["score"].is_between(0, 1).all() and scored["score"].n_unique() > 1
+    # By what the job left serving, the same numbers.
+    (run,) = (folder / "runs").glob("*/summary.json")
+    by = ("--url", json.loads(run.read_text())["serve_url"])
+    over = tmp_path / f"served{suffix}"
+    asked = ("score", str(file), "--model", "lapse", "--out", str(over), *by)
+    assert "20 rows by lapse version 1" in said(liftyard(folder, *asked, "--batch-rows", "7"))
+    again = pl.read_csv(over) if suffix == ".csv" else pl.read_parquet(over)
+    assert again.equals(scored)
 
 
 def test_a_value_of_another_kind_is_told_with_row_and_column(

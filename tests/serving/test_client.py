@@ -103,7 +103,7 @@ def test_refusals_say_why(ground: Ground) -> None:
         rows = [{**row, "spend": "much"} if at else row for at, row in enumerate(ROWS.to_dicts())]
         ground.client.score("visits", rows[:2])
     assert refused.value.status == 422 and refused.value.request_id
-    with pytest.raises(Refused, match="no model 'a?b' is served") as refused:
+    with pytest.raises(Refused, match=r"no model 'a\?b' is served") as refused:
         ground.client.score("a?b", [{}])
     assert refused.value.status == 404
     with pytest.raises(Refused, match="over 300 rows"):
