@@ -139,33 +139,51 @@ class Encoder:
             ValueError, TypeError, OverflowError: A value is of another kind, or too large for
                 float64.
         """
-        taken, texts = self._taker
         try:
-            values = [list(taken(row)) for row in rows]
+            values = [self._taker(row) for row in rows]
         except KeyError as error:
             raise EncodingError(
                 f"a row has no {error.args[0]!r}; give every column: {self.feature_names}"
             ) from error
-        for position, codes in texts:
-            for row in values:
-                row[position] = codes.get(row[position])
+        return self.transform_values(values)
+
+    def transform_values(self, rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
+        """The same of rows that are tuples of values in the order of the columns.
+
+        Args:
+            rows: As for `transform_rows`, but for the names.
+
+        Returns:
+            (n, p) float32, C-contiguous.
+
+        Raises:
+            ValueError, TypeError, OverflowError: As `transform_rows`.
+        """
+        values: Sequence[Sequence[Any]] = rows
+        if self._texts:
+            values = [list(row) for row in rows]
+            for position, codes in self._texts:
+                for row in values:
+                    row[position] = codes.get(row[position])  # type: ignore[index]
         # Through float64, as a frame of Float64 columns; None becomes NaN.
         x_np = np.array(values, dtype=np.float64).reshape(len(rows), len(self.columns))
         with np.errstate(over="ignore"):
             return x_np.astype(np.float32)
 
     @cached_property
-    def _taker(
-        self,
-    ) -> tuple[Callable[[Mapping[str, Any]], tuple[Any, ...]], list[tuple[int, dict[Any, int]]]]:
-        """What takes a row's values in order, and by position the codes of each string column."""
-        texts = [
+    def _taker(self) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+        """What takes a row's values in order."""
+        names = self.feature_names
+        return itemgetter(*names) if len(names) > 1 else partial(_only, names[0])
+
+    @cached_property
+    def _texts(self) -> list[tuple[int, dict[Any, int]]]:
+        """By position, the codes of each string column."""
+        return [
             (position, {value: code for code, value in enumerate(column.values)})
             for position, column in enumerate(self.columns)
             if column.kind == "string"
         ]
-        names = self.feature_names
-        return (itemgetter(*names) if len(names) > 1 else partial(_only, names[0])), texts
 
     def to_json(self) -> str:
         """The encoder as JSON text, the same text for equal encoders."""

@@ -69,8 +69,11 @@ async def guarded(
     """
     try:
         await gate.admit(asked, authorization)
-        async with asyncio.timeout(_seconds(deadline_ms)):
+        if deadline_ms is None:
             answer = await work()
+        else:
+            async with asyncio.timeout(_seconds(deadline_ms)):
+                answer = await work()
     except Exception as error:
         answer = refused(error, asked)
     try:
@@ -124,9 +127,25 @@ async def score(
     Raises:
         RequestError, UnknownModel, RefusedModel: It can't be answered.
     """
-    served, scores_n = await _scored(
-        models, asked, key, lambda version: version.reader.matrix(rows)
+    return await _score(models, asked, lambda version: version.reader.matrix(rows), key)
+
+
+async def score_json(
+    models: Models, asked: Asked, body: bytes, *, key: bytes | None = None
+) -> Answer:
+    """The same of a JSON body's rows.
+
+    Raises:
+        RequestError, UnknownModel, RefusedModel: It can't be answered.
+    """
+    most = models.settings.limits.rows
+    return await _score(
+        models, asked, lambda version: version.reader.decoded(body, max_rows=most), key
     )
+
+
+async def _score(models: Models, asked: Asked, read: Reader, key: bytes | None) -> Answer:
+    served, scores_n = await _scored(models, asked, key, read)
     version = served.card.version
     # repr of a float64, which json writes, reads back as the same bits.
     return Answer(
@@ -308,9 +327,7 @@ def _refusals(by_model: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
     return {name: {"version": v, "reason": reason} for name, (v, reason) in by_model.items()}
 
 
-def _seconds(deadline_ms: str | None) -> float | None:
-    if deadline_ms is None:
-        return None
+def _seconds(deadline_ms: str) -> float:
     if not deadline_ms.isascii() or not deadline_ms.isdigit() or not 0 < len(deadline_ms) < 10:
         deadline = 0
     else:

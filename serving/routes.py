@@ -112,8 +112,7 @@ async def _answered(
             if _media_type(headers) == arrow.MEDIA_TYPE:
                 asked.way = "arrow"
                 return await answers.score_arrow(models, asked, body, key=key)
-            rows = schema.parse(body, max_rows=limits.rows)
-            return await answers.score(models, asked, rows, key=key)
+            return await answers.score_json(models, asked, body, key=key)
         case "explain":
             models.find(asked.model or "")
             rows = schema.parse(_within(asked, limits), max_rows=limits.explained_rows)
@@ -251,5 +250,8 @@ async def _send(send: Send, answer: Answer, request_id: str) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return _encoder.encode(value).encode()

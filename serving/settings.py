@@ -56,6 +56,10 @@ class Rollout:
         return self.shadow or self.canary > 0
 
 
+# Every model by its champion, where none are named.
+DEFAULT = Rollout()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Traces:
     """Where spans of requests go.
@@ -97,7 +101,7 @@ class Settings:
 
     def rollout(self, name: str) -> Rollout:
         """The model's; every model is served by its champion where none are named."""
-        return (self.models or {}).get(name, Rollout())
+        return DEFAULT if self.models is None else self.models.get(name, DEFAULT)
 
     def digest(self) -> str:
         """The same for the same settings; tells them apart without telling them."""

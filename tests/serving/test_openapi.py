@@ -91,7 +91,6 @@ def test_no_request_makes_the_server_fail(http: httpx.Client, place: Place, fold
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )(given(cases)(ask))()
-    print(statuses)
     # Both what fits and what doesn't has been asked.
     for action in ("score", "explain"):
         assert {200, 422} <= statuses[f"POST /v1/models/{{name}}/{action}"]
