@@ -1,5 +1,6 @@
 """The routes over HTTP: what comes in, read and checked; what goes out, as JSON or Arrow."""
 
+import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -23,6 +24,9 @@ ROUTING_KEY = b"x-routing-key"
 
 # The header with the milliseconds from arrival that a client waits.
 DEADLINE = b"x-deadline-ms"
+
+# Seconds that a client may take to send a body; it holds a place meanwhile.
+BODY_S = 30.0
 
 GRAPHQL = "/v1/graphql"
 _ROWS = re.compile(r"/v1/models/([^/]+)/(score|explain)")
@@ -52,9 +56,12 @@ def application(models: Models, gate: Gate) -> Callable[[Scope, Receive, Send], 
         asked = gate.asked(action, name, headers.get(b"x-request-id"), headers.get(b"traceparent"))
         if scope["path"] == GRAPHQL and scope["method"] == "POST":
             asked.way = "graphql"
-            body = await _body(receive, min(limits.body_bytes, graphql.MOST_BYTES))
             sent = _text(headers, b"authorization"), _text(headers, DEADLINE)
-            found = await graphql.answer(models, gate, asked, *sent, body)
+            try:
+                body = await _body(receive, min(limits.body_bytes, graphql.MOST_BYTES))
+                found = await graphql.answer(models, gate, asked, *sent, body)
+            except Exception as error:
+                found = answers.refused(error, asked)
             gate.done(asked, found.status, models.served)
             await _send(send, found, asked.id)
             return
@@ -223,15 +230,24 @@ def _media_type(headers: Mapping[bytes, bytes]) -> str:
 
 
 async def _body(receive: Receive, most_bytes: int) -> bytes | None:
-    """The request's body, or None where it is longer; then the rest isn't read."""
-    message = await receive()
-    body: bytes = message.get("body", b"")
-    if message.get("more_body", False):
-        pieces = bytearray(body)
-        while message.get("more_body", False) and len(pieces) <= most_bytes:
+    """The request's body, or None where it is longer; then the rest isn't read.
+
+    Raises:
+        RequestError: It takes too long to come.
+    """
+    try:
+        async with asyncio.timeout(BODY_S):
             message = await receive()
-            pieces += message.get("body", b"")
-        body = bytes(pieces)
+            body: bytes = message.get("body", b"")
+            if message.get("more_body", False):
+                pieces = bytearray(body)
+                while message.get("more_body", False) and len(pieces) <= most_bytes:
+                    message = await receive()
+                    pieces += message.get("body", b"")
+                body = bytes(pieces)
+    except TimeoutError as error:
+        reason = f"the body hasn't come whole within {BODY_S:.0f} s; send it anew"
+        raise schema.RequestError([schema.Problem(reason=reason)], status=408) from error
     return body if len(body) <= most_bytes else None
 
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from serving import audit
+from serving import audit, routes
 from serving.access import AccessFiles, add_key
 from serving.settings import Limits, Settings
 from tests.serving import lapse
@@ -84,12 +84,19 @@ def test_each_has_its_status_and_one_line(
     assert refusals(caplog) == [(who, status)]
 
 
-def test_a_client_that_stops_halfway_is_answered_at_its_deadline(
-    http: httpx.Client, log: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("deadline", "status"), [("x-deadline-ms: 200\r\n", 504), ("", 408)])
+def test_a_client_that_stops_halfway_is_answered_all_the_same(
+    http: httpx.Client,
+    log: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    deadline: str,
+    status: int,
 ) -> None:
+    monkeypatch.setattr(routes, "BODY_S", 0.5)
     port = urlsplit(str(http.base_url)).port
     head = (
-        f"POST {SCORE} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\nx-deadline-ms: 200\r\n"
+        f"POST {SCORE} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n{deadline}"
         f"authorization: {http.headers['authorization']}\r\n\r\n"
     )
     with (
@@ -98,7 +105,7 @@ def test_a_client_that_stops_halfway_is_answered_at_its_deadline(
     ):
         slow.sendall(head.encode() + b'{"rows": ')
         answer = slow.recv(4_096)
-    assert answer.startswith(b"HTTP/1.1 504 ")
-    assert refusals(caplog) == [("tester", 504)]
-    assert json.loads(log.read_text().splitlines()[-1])["status"] == 504
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert refusals(caplog) == [("tester", status)]
+    assert json.loads(log.read_text().splitlines()[-1])["status"] == status
     audit.verify(log)
