@@ -95,6 +95,8 @@ def _haproxy_environment(listener: Listener) -> dict[str, str]:
         # An HAProxy that was killed is replaced after three checks that fail; by itself Serve looks
         # every 10 s.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+        # On a busy machine its start takes longer than the 5 s after which it would be killed.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
         # A replica that goes may close a connection just as a request comes; to ask again does no
         # harm, since nothing that is asked here changes anything.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
