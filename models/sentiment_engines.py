@@ -6,7 +6,7 @@ are `models/sentiment_openvino.py`'s, and which to take is `models/sentiment_gat
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -192,8 +192,12 @@ def torch_engine(sentiment: Sentiment, precision: str = "fp32") -> Engine:
     )
 
 
-def cuda_engine(sentiment: Sentiment) -> Engine:
-    """bf16 on the first CUDA device, attention by SDPA, lengths in steps of 8.
+def cuda_engine(sentiment: Sentiment, batch_tokens: int = BATCH_TOKENS_CUDA) -> Engine:
+    """bf16 on the first CUDA device, attention by SDPA, lengths in steps of 8, CUDA graphs.
+
+    Args:
+        sentiment: Its module is copied.
+        batch_tokens: Tokens in a batch at most, padding included.
 
     Raises:
         EngineError: torch sees no CUDA device.
@@ -205,12 +209,21 @@ def cuda_engine(sentiment: Sentiment) -> Engine:
     if not torch.cuda.is_available():
         raise EngineError("device 'cuda': torch sees no CUDA device; use --device cpu")
     module = copy.deepcopy(sentiment.module).to("cuda", torch.bfloat16).eval()
+    recorded: dict[tuple[int, ...], Callable[[Any, Any], Any]] = {}
 
     def forward(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        sent = torch.from_numpy(ids), torch.from_numpy(mask)
         with torch.inference_mode():
-            on_card = (torch.from_numpy(each).to("cuda", non_blocking=True) for each in (ids, mask))
-            logits: np.ndarray = module(*on_card).float().cpu().numpy()
-        return logits
+            # What a length leaves over comes in as many shapes as there are rows: not recorded.
+            if len(ids) == batch_tokens // ids.shape[1]:
+                work = recorded.get(ids.shape) or recorded.setdefault(
+                    ids.shape, _recorded(module, ids.shape)
+                )
+                logits = work(*sent)
+            else:
+                logits = module(*(each.to("cuda", non_blocking=True) for each in sent))
+            found: np.ndarray = logits.float().cpu().numpy()
+        return found
 
     return Bucketed(
         name="bf16",
@@ -218,4 +231,34 @@ def cuda_engine(sentiment: Sentiment) -> Engine:
         labels=len(sentiment.labels),
         forward=forward,
         pad_id=sentiment.pad_id,
+        batch_tokens=batch_tokens,
     )
+
+
+def _recorded(module: Any, shape: tuple[int, ...]) -> Callable[[Any, Any], Any]:
+    """`module` for batches of this shape as a CUDA graph: one launch for all of its kernels.
+
+    What it returns is overwritten by the next call.
+    """
+    import torch
+
+    ids = torch.zeros(shape, dtype=torch.int64, device="cuda")
+    mask = torch.ones_like(ids)
+    # Aside first: in their first calls libraries choose kernels and take memory.
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            module(ids, mask)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = module(ids, mask)
+
+    def replay(ids_sent: Any, mask_sent: Any) -> Any:
+        ids.copy_(ids_sent)
+        mask.copy_(mask_sent)
+        graph.replay()
+        return logits
+
+    return replay

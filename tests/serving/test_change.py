@@ -202,7 +202,7 @@ def test_no_request_fails_during_promotions_a_bad_version_and_a_rollback(ground:
     registry = ground.registry
     bad = register(registry, Scorer(encoder=ENCODER, predict=bad_predict))
     with load(ground) as seen:
-        for turn in range(20):
+        for turn in range(100):
             version = 2 + turn % 2
             registry.promote("lapse", version)
             eventually(lambda: ground.health()["models"]["lapse"] == version)  # noqa: B023
