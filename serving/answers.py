@@ -109,42 +109,35 @@ def problem(status: int, detail: str, *, retry_after_s: int | None = None) -> An
     return Answer(status=status, value={"detail": detail}, retry_after_s=retry_after_s)
 
 
-async def score(
-    models: Models,
-    asked: Asked,
-    rows: list[Any],
-    *,
-    key: bytes | None = None,
-) -> Answer:
-    """The scores of rows, by name of field.
+def of_rows(rows: list[Any]) -> Reader:
+    """Reads rows by name of field, as `schema.parse` gives them."""
+    return lambda version: version.reader.matrix(rows)
+
+
+def of_json(models: Models, body: bytes) -> Reader:
+    """Reads a JSON body's rows."""
+    most = models.settings.limits.rows
+    return lambda version: version.reader.decoded(body, max_rows=most)
+
+
+def of_arrow(models: Models, stream: bytes) -> Reader:
+    """Reads an Arrow stream's rows."""
+    most = models.settings.limits.rows
+    return lambda version: arrow.matrix(stream, version.scorer.encoder, max_rows=most)
+
+
+async def score(models: Models, asked: Asked, read: Reader, *, key: bytes | None = None) -> Answer:
+    """The scores of rows.
 
     Args:
         models: Those served.
         asked: The question.
-        rows: As `schema.parse` gives them.
+        read: Of the rows.
         key: What decides whether a canary answers; None takes the body.
 
     Raises:
         RequestError, UnknownModel, RefusedModel: It can't be answered.
     """
-    return await _score(models, asked, lambda version: version.reader.matrix(rows), key)
-
-
-async def score_json(
-    models: Models, asked: Asked, body: bytes, *, key: bytes | None = None
-) -> Answer:
-    """The same of a JSON body's rows.
-
-    Raises:
-        RequestError, UnknownModel, RefusedModel: It can't be answered.
-    """
-    most = models.settings.limits.rows
-    return await _score(
-        models, asked, lambda version: version.reader.decoded(body, max_rows=most), key
-    )
-
-
-async def _score(models: Models, asked: Asked, read: Reader, key: bytes | None) -> Answer:
     served, scores_n = await _scored(models, asked, key, read)
     version = served.card.version
     # repr of a float64, which json writes, reads back as the same bits.
@@ -162,13 +155,7 @@ async def score_arrow(
     Raises:
         RequestError, UnknownModel, RefusedModel: It can't be answered.
     """
-    most = models.settings.limits.rows
-    served, scores_n = await _scored(
-        models,
-        asked,
-        key,
-        lambda version: arrow.matrix(stream, version.scorer.encoder, max_rows=most),
-    )
+    served, scores_n = await _scored(models, asked, key, of_arrow(models, stream))
     name, version = served.card.name, served.card.version
     return Answer(
         value=arrow.answer(scores_n, model=name, version=version),

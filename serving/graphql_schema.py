@@ -10,8 +10,9 @@ from serving import answers
 from serving.answers import Answer, guarded
 from serving.gate import Asked, Gate
 from serving.replica import Models
-from serving.schema import Problem, RequestError, require_rows
+from serving.schema import require_rows
 from serving.texts import MODEL as TEXTS
+from serving.texts import require_texts
 
 CODES = {
     400: "BAD_REQUEST",
@@ -198,9 +199,8 @@ def schema() -> Any:
 
             async def work(asked: Asked) -> Answer:
                 most = asking.models.settings.limits.rows
-                return await answers.score(
-                    asking.models, asked, require_rows(rows, max_rows=most), key=key
-                )
+                read = answers.of_rows(require_rows(rows, max_rows=most))
+                return await answers.score(asking.models, asked, read, key=key)
 
             return await asking.field("score", model, work, {"rows": rows})
 
@@ -231,10 +231,8 @@ def schema() -> Any:
 
             async def work(asked: Asked) -> Answer:
                 most = asking.models.settings.limits.rows
-                if not 0 < len(texts) <= most:
-                    reason = f"{len(texts)} texts; allowed: 1 to {most}"
-                    raise RequestError([Problem(field="texts", reason=reason)])
-                return await answers.sentiment(asking.models, asked, texts)
+                checked = require_texts(texts, most=most)
+                return await answers.sentiment(asking.models, asked, checked)
 
             found = await asking.field("score", TEXTS, work, {"texts": texts})
             return found["results"]

@@ -43,7 +43,6 @@ def application(models: Models, gate: Gate) -> Callable[[Scope, Receive, Send], 
     the model: what the gate guards is answered here, and FastAPI has the documents and the rest.
     """
     others = _fastapi(models)
-    limits = models.settings.limits
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,7 +57,8 @@ def application(models: Models, gate: Gate) -> Callable[[Scope, Receive, Send], 
             asked.way = "graphql"
             sent = _text(headers, b"authorization"), _text(headers, DEADLINE)
             try:
-                body = await _body(receive, min(limits.body_bytes, graphql.MOST_BYTES))
+                most = min(models.settings.limits.body_bytes, graphql.MOST_BYTES)
+                body = await _body(receive, most)
                 found = await graphql.answer(models, gate, asked, *sent, body)
             except Exception as error:
                 found = answers.refused(error, asked)
@@ -119,7 +119,7 @@ async def _answered(
             if _media_type(headers) == arrow.MEDIA_TYPE:
                 asked.way = "arrow"
                 return await answers.score_arrow(models, asked, body, key=key)
-            return await answers.score_json(models, asked, body, key=key)
+            return await answers.score(models, asked, answers.of_json(models, body), key=key)
         case "explain":
             models.find(asked.model or "")
             rows = schema.parse(_within(asked, limits), max_rows=limits.explained_rows)

@@ -16,6 +16,7 @@ from serving.gate import Asked, Gate
 from serving.replica import Models
 from serving.schema import Problem, RequestError, require_rows
 from serving.texts import MODEL as TEXTS
+from serving.texts import require_texts
 
 SERVICER = "serving.protocol.liftyard_pb2_grpc.add_LiftyardServicer_to_server"
 
@@ -56,19 +57,13 @@ class Rpcs:
             if request.arrow and request.rows:
                 raise _faulty("rows", "and arrow are both given; give one of them")
             if request.arrow:
-                return await answers.score_arrow(self.models, asked, request.arrow, key=routing)
-            rows = require_rows(_rows(request.rows), max_rows=limits.rows)
-            return await answers.score(self.models, asked, rows, key=routing)
+                read = answers.of_arrow(self.models, request.arrow)
+            else:
+                read = answers.of_rows(require_rows(_rows(request.rows), max_rows=limits.rows))
+            return await answers.score(self.models, asked, read, key=routing)
 
         found = await self._answered("score", request.model, request, grpc_context, work)
-        if isinstance(found.value, bytes):
-            import pyarrow as pa
-
-            with pa.ipc.open_stream(found.value) as reader:
-                scores = reader.read_all()["score"].to_numpy()
-            told = {"model": self.models.name(request.model), "version": found.told["version"]}
-            return ScoreReply(**told, scores=scores)
-        return ScoreReply(**found.value)
+        return ScoreReply(**_value(found))
 
     async def Explain(self, request: Any, grpc_context: Any) -> Any:
         """Why rows have their scores."""
@@ -149,9 +144,8 @@ class Rpcs:
         most = self.models.settings.limits.rows
 
         async def work(asked: Asked) -> Answer:
-            if not 0 < len(request.texts) <= most:
-                raise _faulty("texts", f"are {len(request.texts)}; allowed: 1 to {most}")
-            return await answers.sentiment(self.models, asked, list(request.texts))
+            checked = require_texts(list(request.texts), most=most)
+            return await answers.sentiment(self.models, asked, checked)
 
         said = _value(await self._answered("score", TEXTS, request, grpc_context, work))
         return liftyard_pb2.SentimentReply(
@@ -257,7 +251,7 @@ def _faulty(field: str | None, reason: str) -> RequestError:
 
 
 def _value(answer: Answer) -> dict[str, Any]:
-    assert isinstance(answer.value, dict), "only scores come as streams"
+    assert isinstance(answer.value, dict), "gRPC asks for no streams"
     return answer.value
 
 

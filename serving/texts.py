@@ -116,7 +116,15 @@ def parse(body: bytes, *, most: int) -> list[str]:
         raise RequestError([Problem(reason=reason)], status=400) from error
     if not isinstance(said, dict) or set(said) != {"texts"} or not isinstance(said["texts"], list):
         raise RequestError([Problem(reason='the body must be {"texts": [...]} and nothing else')])
-    texts = said["texts"]
+    return require_texts(said["texts"], most=most)
+
+
+def require_texts(texts: list[Any], *, most: int) -> list[str]:
+    """The texts, where they are some and not too many.
+
+    Raises:
+        RequestError: They aren't, or one is no text.
+    """
     if not 0 < len(texts) <= most:
         reason = f"{len(texts)} texts; allowed: 1 to {most} a request"
         raise RequestError([Problem(reason=reason)])
