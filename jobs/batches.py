@@ -5,14 +5,13 @@ the batches become the output, in order and at once. Never more than a few of th
 """
 
 import json
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from cluster.files import replace_text
+from cluster.files import replace_text, replaced
 
 FILES = (".csv", ".parquet")
 
@@ -108,13 +107,8 @@ def keep(folder: Path, number: int, rows: pl.DataFrame) -> None:
     Raises:
         OSError: It can't be written.
     """
-    file = _file(folder, number)
-    draft = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
-    try:
+    with replaced(_file(folder, number)) as draft:
         rows.write_parquet(draft, compression="lz4")
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def scan(folder: Path, batches: int) -> pl.LazyFrame:
@@ -129,17 +123,14 @@ def publish(rows: pl.LazyFrame, path: Path) -> None:
         BatchesError: A value is of a kind that the file can't hold.
         OSError: The file can't be written.
     """
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
-        if path.suffix == ".csv":
-            rows.sink_csv(draft)
-        else:
-            rows.sink_parquet(draft)
-        draft.replace(path)
+        with replaced(path) as draft:
+            if path.suffix == ".csv":
+                rows.sink_csv(draft)
+            else:
+                rows.sink_parquet(draft)
     except pl.exceptions.PolarsError as error:
         raise BatchesError(f"{path} can't be written: {error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _file(folder: Path, number: int) -> Path:
