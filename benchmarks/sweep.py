@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -35,14 +36,15 @@ import polars as pl
 from benchmarks import sweep_peers
 from cluster import session
 from jobs import sweep
-from jobs.config import Sweep
+from jobs.config_sweep import Sweep
 from jobs.refit import refit
 from jobs.search import Learned, draw
 from models import ensemble
 from models.encoding import Encoder
 from models.families import TrainingData, Variant
 from models.metrics import auc
-from models.registry import Registry, Trial
+from models.registry import Registry
+from models.registry_sweeps import Trial
 
 BANK = Path(__file__).parents[2] / "shared/data/bank_marketing/bank-additional-full.csv.gz"
 TREES = {
@@ -294,29 +296,37 @@ def automl(workers: int, seeds: int, limit_s: float) -> dict[str, Any]:
         import flaml  # noqa: F401
     except ImportError as error:
         reason = f"{error}; name a folder that has it in LIFTYARD_PEERS"
-    own, others, stock = [], [], []
+    sides: dict[str, Callable[..., np.ndarray]] = {
+        "ours": partial(_ours_in, workers=workers),
+        "flaml": sweep_peers.flaml,
+        "optuna_xgboost": sweep_peers.optuna_xgboost,
+    }
+    if reason is not None:
+        del sides["flaml"]
+    found: dict[str, list[float]] = {side: [] for side in sides}
+    took: dict[str, list[float]] = {side: [] for side in sides}
     for seed in range(seeds):
         data, x_test, y_test = rows(seed)
-        own.append(auc(y_test, _ours_in(data, x_test, workers, limit_s, seed)))
-        if reason is None:
-            scores = sweep_peers.flaml(data, x_test, limit_s=limit_s, seed=seed)
-            others.append(auc(y_test, scores))
-        scores = sweep_peers.optuna_xgboost(data, x_test, limit_s=limit_s, seed=seed)
-        stock.append(auc(y_test, scores))
-        print(f"  seed {seed}: ours {own[-1]:.5f}, flaml {others[-1:]}, optuna {stock[-1]:.5f}")
+        for side, scores_of in sides.items():
+            began = time.perf_counter()
+            scores = scores_of(data, x_test, limit_s=limit_s, seed=seed)
+            took[side].append(time.perf_counter() - began)
+            found[side].append(auc(y_test, scores))
+        print(f"  seed {seed}: " + ", ".join(f"{side} {found[side][-1]:.5f}" for side in sides))
     return {
-        "auc_ours": mean(own),
-        "auc_flaml": mean(others) if others else None,
+        "auc_ours": mean(found["ours"]),
+        "auc_flaml": mean(found["flaml"]) if reason is None else None,
         "auc_flaml_skipped": reason,
-        "auc_optuna_xgboost": mean(stock),
-        "auc_each": {"ours": own, "flaml": others, "optuna_xgboost": stock},
+        "auc_optuna_xgboost": mean(found["optuna_xgboost"]),
+        "auc_each": found,
         "auc_seconds": limit_s,
+        "auc_wall_s": {side: mean(each) for side, each in took.items()},
         "auc_seeds": seeds,
     }
 
 
 def _ours_in(
-    data: TrainingData, x_test: np.ndarray, workers: int, limit_s: float, seed: int
+    data: TrainingData, x_test: np.ndarray, *, workers: int, limit_s: float, seed: int
 ) -> np.ndarray:
     """Test scores of an ensemble of the best, with all that it takes inside the time.
 
@@ -329,15 +339,18 @@ def _ours_in(
             "pack_size": 1,
             "settings": {
                 **TREES,
-                "depth": {"min": 3, "max": 8},
-                "learning_rate": {"min": 0.02, "max": 0.1, "log": True},
-                "min_child_weight": {"min": 1.0, "max": 60.0, "log": True},
+                "depth": 0,
+                "leaves": {"min": 8, "max": 128, "log": True},
+                "max_bin": 256,
+                "learning_rate": {"min": 0.02, "max": 0.2, "log": True},
+                "min_child_weight": {"min": 0.01, "max": 20.0, "log": True},
+                "l2": {"min": 0.01, "max": 30.0, "log": True},
                 "rounds": 600,
                 "patience": 40,
             },
         },
         "forest": {
-            "packs": 400,
+            "packs": 8,
             "pack_size": 1,
             "settings": {
                 "trees": 100,
@@ -352,25 +365,27 @@ def _ours_in(
     )
     with tempfile.TemporaryDirectory() as folder, sweep.pool(workers) as warm:
         found = sweep.run(
-            source, data, journal=Path(folder) / "journal", on=warm, limit_s=limit_s * 0.6
+            source, data, journal=Path(folder) / "journal", on=warm, limit_s=limit_s * 0.7
         )
         found = [each for each in found if each.score is not None]
         found.sort(key=lambda each: -(each.score or 0))
         best, spent = [], 0.0
         for each in found:
-            # As many as can be trained twice more in what is left of the time: as they were, and
-            # on validation's rows too.
-            spent += 2.3 * each.seconds / workers
-            if best and (len(best) == 16 or spent > 0.7 * (end - time.monotonic())):
+            # As many as can be trained again as they were in half of what is left of the time; in
+            # the rest, those that are chosen are trained on validation's rows too.
+            spent += 1.2 * each.seconds / workers
+            if best and (len(best) == 16 or spent > 0.5 * (end - time.monotonic())):
                 break
             best.append(each.variant)
         fitted = sweep.fit(best, data, on=warm)
         weights = ensemble.greedy(data.y_valid, [each.valid_scores for each in fitted])
         chosen = [each for each, weight in zip(fitted, weights, strict=True) if weight]
-        final = refit(chosen, data, on=warm)
+        once = 1.5 * sum(each.seconds for each in chosen) / workers
+        seeds = min(8, max(1, int(0.8 * (end - time.monotonic()) / once)))
+        final = refit(chosen, data, fit=partial(sweep.fit, on=warm), seeds=seeds)
     scores = ensemble.mean([each.predict(x_test) for each in final], [w for w in weights if w])
     print(
-        f"  {len(found)} variants, {len(best)} again, {len(chosen)} averaged, "
+        f"  {len(found)} variants, {len(best)} again, {len(chosen)} averaged by {seeds} seeds, "
         f"{time.monotonic() - end:+.1f} s"
     )
     return scores

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from models import boosting, forest, network, network_inputs
+from models import boosting, forest, network, network_inputs, network_steps
 from models.families import TrainingData, Variant, completed
 from models.metrics import auc
 
@@ -98,7 +98,7 @@ def _lightning(settings: Variant, data: TrainingData, made: dict[str, Any]) -> n
     x_train, x_valid = made["network"]
     sizes = [x_train.shape[1], *[settings["width"]] * settings["depth"], 1]
     layers: list[torch.nn.Module] = []
-    for w, b in network._first_weights(np.random.default_rng(settings["seed"]), sizes):
+    for w, b in network_steps.first_weights(np.random.default_rng(settings["seed"]), sizes):
         layer = torch.nn.Linear(*w.shape)
         with torch.no_grad():
             layer.weight.copy_(torch.from_numpy(w.T.copy()))
@@ -131,7 +131,7 @@ def _lightning(settings: Variant, data: TrainingData, made: dict[str, Any]) -> n
         enable_model_summary=False,
     )
     y_train = data.y_train.astype(np.float32)
-    batches = network._Batches(x_train, y_train, rows=settings["batch_rows"], seed=0)
+    batches = network_steps.Batches(x_train, y_train, rows=settings["batch_rows"], seed=0)
     trainer.fit(Module(), train_dataloaders=batches)
     with torch.no_grad():
         scores: np.ndarray = torch.sigmoid(net(torch.from_numpy(x_valid)))[:, 0].double().numpy()

@@ -24,73 +24,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cluster import ports
 from cluster.files import replace_text
+from cluster.node import BootstrapError, Node, read, secrets_asked, tls_on
 from cluster.notice import drain, notice
 
-Role = Literal["head", "worker"]
-
-SECRETS = ("RAY_AUTH_TOKEN_PATH", "RAY_TLS_CA_CERT", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY")
 LONGEST_PAUSE_S = 30.0
 SETTLED_S = 60.0
-# The cloud gives two minutes' notice; what can't move by then is run again by Ray.
-DRAIN_S = 110
 # By Ray's own settings a call into a host whose link was cut waits for minutes. Jobs inherit these.
 SETTINGS = {
     "RAY_grpc_client_keepalive_time_ms": "10000",
     "RAY_grpc_client_keepalive_timeout_ms": "10000",
 }
 DRAINED = "it has left Ray after a notice"
-
-
-class BootstrapError(ValueError):
-    """The node isn't told what it needs; the message names every variable."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """What a node is told.
-
-    Attributes:
-        role: Head or worker.
-        address: Its own IP address, by which the cluster knows it.
-        head_host: The head's name or address.
-        ray_port: The head's GCS port.
-        dashboard_host: Address that the dashboard listens on.
-        dashboard_port: The dashboard's port.
-        dask_port: The standing Dask scheduler's port, at the head.
-        dask_workers: One-CPU Dask workers of the standing lease; 0 holds none.
-        dask_most: What the lease may grow to while there is work and room.
-        state: Folder of `health.json`.
-        scratch: Ray's folder of sockets and logs; None is Ray's default.
-        cpus: CPUs to give out; None lets Ray count.
-        gpus: GPUs to give out; None lets Ray count.
-        metadata: The cloud's metadata service, which has notices; None where there is none.
-        drain_s: Seconds from a notice to the end of Ray here, idle or not.
-    """
-
-    role: Role
-    address: str
-    head_host: str
-    ray_port: int
-    dashboard_host: str
-    dashboard_port: int
-    dask_port: int
-    dask_workers: int
-    dask_most: int
-    state: Path
-    scratch: Path | None
-    cpus: int | None
-    gpus: int | None
-    metadata: str | None
-    drain_s: int
-
-    @property
-    def head(self) -> str:
-        """The head's address as Ray takes it, `host:port`."""
-        return f"{self.head_host}:{self.ray_port}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,59 +57,6 @@ class Health:
     detail: str
     since: str
     process: int
-
-
-def read(role: Role, variables: Mapping[str, str]) -> Node:
-    """Reads what a node is told.
-
-    Args:
-        role: `head` or `worker`.
-        variables: As the process's environment; infra/README.md lists them.
-
-    Raises:
-        BootstrapError: One is missing or no number; or TLS or the token is asked for and a file
-            isn't named.
-    """
-    needed = [
-        *("LIFTYARD_NODE_ADDRESS", "LIFTYARD_RAY_PORT", "LIFTYARD_STATE_DIR"),
-        *(("LIFTYARD_DASHBOARD_PORT", "LIFTYARD_DASK_PORT") if role == "head" else ()),
-        *(("LIFTYARD_HEAD_HOST",) if role == "worker" else ()),
-        *_secrets_asked(variables),
-    ]
-    missing = [name for name in needed if not variables.get(name)]
-    if missing:
-        raise BootstrapError(
-            f"{role} needs {', '.join(missing)}: see infra/README.md, «What a node is told»"
-        )
-
-    def number(name: str, default: int | None) -> int | None:
-        text = variables.get(name, "")
-        if not text:
-            return default
-        if not text.isdecimal():
-            raise BootstrapError(f"{name}={text!r}: a number, at least 0, is needed")
-        return int(text)
-
-    workers = number("LIFTYARD_DASK_WORKERS", 1) or 0
-    cloud = "http://169.254.169.254" if variables.get("LIFTYARD_INSTANCE_ID") else None
-    scratch = variables.get("LIFTYARD_SCRATCH")
-    return Node(
-        role=role,
-        address=variables["LIFTYARD_NODE_ADDRESS"],
-        head_host=variables.get("LIFTYARD_HEAD_HOST") or variables["LIFTYARD_NODE_ADDRESS"],
-        ray_port=number("LIFTYARD_RAY_PORT", None) or 0,
-        dashboard_host=variables.get("LIFTYARD_DASHBOARD_HOST", "0.0.0.0"),
-        dashboard_port=number("LIFTYARD_DASHBOARD_PORT", 0) or 0,
-        dask_port=number("LIFTYARD_DASK_PORT", 0) or 0,
-        dask_workers=workers,
-        dask_most=max(workers, number("LIFTYARD_DASK_MOST", workers) or 0),
-        state=Path(variables["LIFTYARD_STATE_DIR"]),
-        scratch=Path(scratch) if scratch else None,
-        cpus=number("LIFTYARD_CPUS", None),
-        gpus=number("LIFTYARD_GPUS", None),
-        metadata=variables.get("LIFTYARD_METADATA_URL") or cloud,
-        drain_s=number("LIFTYARD_DRAIN_S", DRAIN_S) or 0,
-    )
 
 
 def command(node: Node, *, client_port: int = 10001) -> list[str]:
@@ -199,7 +94,7 @@ def lacking(node: Node, variables: Mapping[str, str]) -> str | None:
     Secrets must be readable, the machine not on its way out, and, for a worker, the head must
     answer; where TLS is on, with a certificate of the authority this node knows.
     """
-    for name in _secrets_asked(variables):
+    for name in secrets_asked(variables):
         if not os.access(variables[name], os.R_OK):
             return f"{variables[name]} ({name}), which isn't there or can't be read"
     if (why := notice(node.metadata)) is not None:
@@ -208,7 +103,7 @@ def lacking(node: Node, variables: Mapping[str, str]) -> str | None:
         return None
     try:
         with socket.create_connection((node.head_host, node.ray_port), timeout=5) as plain:
-            if _tls_on(variables):
+            if tls_on(variables):
                 trust = ssl.create_default_context(cafile=variables["RAY_TLS_CA_CERT"])
                 trust.load_cert_chain(
                     variables["RAY_TLS_SERVER_CERT"], variables["RAY_TLS_SERVER_KEY"]
@@ -372,15 +267,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _secrets_asked(variables: Mapping[str, str]) -> list[str]:
-    token = variables.get("RAY_AUTH_MODE") == "token" and "RAY_AUTH_TOKEN" not in variables
-    return [*SECRETS[: 1 if token else 0], *(SECRETS[1:] if _tls_on(variables) else ())]
-
-
-def _tls_on(variables: Mapping[str, str]) -> bool:
-    return variables.get("RAY_USE_TLS", "0").lower() in ("1", "true")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,9 +1,7 @@
 """A Dask cluster leased from Ray: its scheduler and workers are Ray actors.
 
 Ray owns the nodes, so both engines share the same CPUs and GPUs. A worker that dies is replaced
-and Dask redoes its work; a scheduler that dies ends the lease. Dask's ports take
-who shows a certificate of the environment's authority where Ray speaks TLS (`RAY_USE_TLS`), and
-else anyone: the hosts' network must then be private (an embedded one binds to the loopback).
+and Dask redoes its work; a scheduler that dies ends the lease.
 """
 
 import threading
@@ -14,20 +12,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-
-class LeaseError(ValueError):
-    """The cluster can't give what was asked; the message names both."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Size:
-    cpus: float
-    gpus: float
-    memory_bytes: int
-
-    def bundle(self) -> dict[str, float]:
-        asked = {"CPU": self.cpus, "GPU": self.gpus, "memory": float(self.memory_bytes)}
-        return {name: amount for name, amount in asked.items() if amount > 0}
+from cluster.dask_actors import actor_classes, security
+from cluster.dask_placement import (
+    LeaseError,
+    Size,
+    place,
+    place_singly,
+    require_free,
+    strategy,
+)
 
 
 @dataclass(kw_only=True)
@@ -47,7 +40,7 @@ class Lease:
     """
 
     def __init__(
-        self, size: _Size, workers: int, placement_timeout_s: float, port: int | None
+        self, size: Size, workers: int, placement_timeout_s: float, port: int | None
     ) -> None:
         self._size = size
         self._port = port
@@ -61,7 +54,7 @@ class Lease:
         self._adapter: threading.Thread | None = None
         self.client: Any = None
         self.address = ""
-        self._group = _place(size, workers, placement_timeout_s)
+        self._group = place(size, workers, placement_timeout_s)
         self._free = [(self._group, index) for index in range(workers)]
 
     def _open(self) -> None:
@@ -70,9 +63,9 @@ class Lease:
 
         # The scheduler shares the first worker's bundle: it mostly waits, and a CPU of its own
         # would be one that computes nothing.
-        scheduler = _actor_classes()[0]
+        scheduler = actor_classes()[0]
         where: dict[str, Any] = (
-            {"scheduling_strategy": _strategy(self._group, 0)}
+            {"scheduling_strategy": strategy(self._group, 0)}
             if self._port is None
             # A node's own resource, of which a little pins to it and takes nothing.
             else {"resources": {"node:__internal_head__": 0.001}}
@@ -108,8 +101,8 @@ class Lease:
         with self._lock:
             missing = workers - len(self._workers) - len(self._free)
             if missing > 0:
-                _check_room(self._size, missing, _resources()[1])
-            groups = _place_singly(self._size, max(0, missing), self._timeout_s)
+                require_free(self._size, missing)
+            groups = place_singly(self._size, max(0, missing), self._timeout_s)
             self._extra += groups
             self._free += [(group, 0) for group in groups]
             while len(self._workers) < workers:
@@ -213,12 +206,12 @@ class Lease:
     def _start(self, group: Any, index: int) -> _Worker:
         threads = str(max(1, int(self._size.cpus)))
         actor = (
-            _actor_classes()[1]
+            actor_classes()[1]
             .options(
                 num_cpus=self._size.cpus,
                 num_gpus=self._size.gpus,
                 memory=self._size.memory_bytes or None,
-                scheduling_strategy=_strategy(group, index),
+                scheduling_strategy=strategy(group, index),
                 # One task at a time uses the whole worker; its libraries must not use more.
                 runtime_env={
                     "env_vars": {"POLARS_MAX_THREADS": threads, "NUMBA_NUM_THREADS": threads}
@@ -313,7 +306,7 @@ def lease(
             f"workers={workers}, cpus={cpus}, gpus={gpus}, memory_bytes={memory_bytes}: workers "
             "is at least 1, cpus above 0, gpus and memory_bytes at least 0"
         )
-    size = _Size(cpus=cpus, gpus=gpus, memory_bytes=memory_bytes)
+    size = Size(cpus=cpus, gpus=gpus, memory_bytes=memory_bytes)
     held = Lease(size, workers, placement_timeout_s, port)
     try:
         held._open()
@@ -351,43 +344,6 @@ def attach(address: str) -> Iterator[Standing]:
         yield Standing(client=client, workers=workers)
 
 
-def security() -> Any:
-    """What connects this process to Dask as the environment does: Ray's own certificates.
-
-    Returns:
-        A `distributed.Security` of the files that `RAY_TLS_CA_CERT`, `RAY_TLS_SERVER_CERT` and
-        `RAY_TLS_SERVER_KEY` name; None where `RAY_USE_TLS` isn't on.
-    """
-    from distributed import Security
-
-    files = _tls_reader()()
-    make: Any = Security
-    return make(**files) if files else None
-
-
-def _tls_reader() -> Callable[[], dict[str, Any]]:
-    """What reads `distributed.Security`'s settings off a process's variables; {} without TLS.
-
-    A function of its own at each call, so that it too is pickled by value.
-    """
-
-    def read() -> dict[str, Any]:
-        import os
-
-        if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
-            return {}
-        key, cert = os.environ["RAY_TLS_SERVER_KEY"], os.environ["RAY_TLS_SERVER_CERT"]
-        settings: dict[str, Any] = {
-            "require_encryption": True,
-            "tls_ca_file": os.environ["RAY_TLS_CA_CERT"],
-        }
-        for role in ("client", "scheduler", "worker"):
-            settings |= {f"tls_{role}_key": key, f"tls_{role}_cert": cert}
-        return settings
-
-    return read
-
-
 Workers = Lease | Standing
 
 
@@ -422,124 +378,3 @@ def map_partitions(
     finally:
         for future in pending:
             future.cancel()
-
-
-def _strategy(group: Any, index: int) -> Any:
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    return PlacementGroupSchedulingStrategy(
-        placement_group=group, placement_group_bundle_index=index
-    )
-
-
-def _resources() -> tuple[dict[str, float], dict[str, float]]:
-    """What the whole cluster has, and what of it is free."""
-    import ray
-
-    ray_: Any = ray
-    return ray_.cluster_resources(), ray_.available_resources()
-
-
-def _check_room(size: _Size, workers: int, room: dict[str, float]) -> None:
-    bundle = size.bundle()
-    if any(amount * workers > room.get(name, 0.0) for name, amount in bundle.items()):
-        raise _refusal(size, workers)
-
-
-def _refusal(size: _Size, workers: int) -> LeaseError:
-    total, free = _resources()
-
-    def say(amounts: dict[str, float]) -> str:
-        return ", ".join(f"{name} {amounts.get(name, 0.0):g}" for name in ("CPU", "GPU", "memory"))
-
-    return LeaseError(
-        f"asked for {workers} workers of {say(size.bundle())} each; the cluster has "
-        f"{say(total)}, free {say(free)} (memory in bytes): "
-        "ask for fewer or smaller workers, or wait until others give theirs back"
-    )
-
-
-def _place(size: _Size, workers: int, timeout_s: float) -> Any:
-    """Reserves `workers` bundles together, or refuses and leaves nothing reserved."""
-    import ray
-
-    _check_room(size, workers, _resources()[0])
-    group = ray.util.placement_group([size.bundle()] * workers, strategy="PACK")
-    if not group.wait(timeout_s):
-        ray.util.remove_placement_group(group)
-        raise _refusal(size, workers)
-    return group
-
-
-def _place_singly(size: _Size, workers: int, timeout_s: float) -> list[Any]:
-    """Reserves a group for each worker; all of them or none."""
-    import ray
-
-    groups: list[Any] = []
-    try:
-        for _ in range(workers):
-            groups.append(_place(size, 1, timeout_s))
-    except LeaseError:
-        for group in groups:
-            ray.util.remove_placement_group(group)
-        raise
-    return groups
-
-
-def _actor_classes() -> tuple[Any, Any]:
-    """The actors of the scheduler and of a worker.
-
-    Local classes are pickled by value, so that nodes need no copy of this package.
-    """
-    import ray
-
-    tls = _tls_reader()
-
-    @ray.remote
-    class DaskScheduler:
-        async def start(self, port: int) -> str:
-            import ray
-            from distributed import Scheduler, Security
-
-            host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-            files = tls()
-            self.scheduler = await Scheduler(
-                host=host,
-                port=port,
-                protocol="tls" if files else "tcp",
-                security=Security(**files),  # type: ignore[no-untyped-call]
-                dashboard=False,
-            )
-            return str(self.scheduler.address)
-
-    @ray.remote
-    class DaskWorker:
-        def __init__(self, scheduler: str, memory_bytes: int) -> None:
-            import asyncio
-
-            self.scheduler = scheduler
-            self.memory_bytes = memory_bytes
-            # Asked here: each node has files of its own.
-            self.tls = tls()
-            self.up = asyncio.Event()
-
-        async def run(self) -> None:
-            import ray
-            from distributed import Security, Worker
-
-            self.worker = await Worker(
-                self.scheduler,
-                protocol="tls" if self.tls else "tcp",
-                security=Security(**self.tls),  # type: ignore[no-untyped-call]
-                host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
-                nthreads=1,
-                memory_limit=self.memory_bytes,
-            )
-            self.up.set()
-            await self.worker.finished()
-
-        async def address(self) -> str:
-            await self.up.wait()
-            return str(self.worker.address)
-
-    return DaskScheduler, DaskWorker

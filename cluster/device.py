@@ -26,11 +26,12 @@ class Device:
     reason: str
 
 
-def choose(preference: Preference = "auto") -> Device:
+def choose(preference: Preference = "auto", *, rapids: bool = True) -> Device:
     """Choose the device of this process.
 
     Args:
         preference: `auto` takes CUDA where a device and RAPIDS are there; `cpu` and `cuda` insist.
+        rapids: Whether the work needs RAPIDS, not a device alone.
 
     Raises:
         ValueError: The preference is none of the three.
@@ -40,18 +41,19 @@ def choose(preference: Preference = "auto") -> Device:
         raise ValueError(f"device {preference!r}: allowed are 'auto', 'cpu' and 'cuda'")
     if preference == "cpu":
         return Device(kind="cpu", reason="cpu was asked for")
-    missing = _missing_for_cuda()
+    missing = _missing_for_cuda(rapids)
     if missing is None:
-        return Device(kind="cuda", reason=f"{_cuda_device_count()} CUDA device(s) and RAPIDS found")
+        found = f"{_cuda_device_count()} CUDA device(s){' and RAPIDS' if rapids else ''} found"
+        return Device(kind="cuda", reason=found)
     if preference == "cuda":
         raise DeviceError(f"device 'cuda' was asked for: {missing}. Use 'auto' or 'cpu' here")
     return Device(kind="cpu", reason=missing)
 
 
-def _missing_for_cuda() -> str | None:
+def _missing_for_cuda(rapids: bool) -> str | None:
     if _cuda_device_count() == 0:
         return "no CUDA device was found"
-    if importlib.util.find_spec("cudf_polars") is None:
+    if rapids and importlib.util.find_spec("cudf_polars") is None:
         return "RAPIDS is not installed (pip install -r requirements/gpu.lock)"
     return None
 

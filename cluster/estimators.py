@@ -9,6 +9,9 @@ from typing import Any
 
 from cluster.device import Device
 
+# Its search for neighbours takes at most 1023.
+CUML_LEAST = 1024
+
 
 def forest(
     device: Device, *, trees: int, depth: int, min_leaf: int, feature_share: float, seed: int
@@ -87,6 +90,30 @@ def kmeans(
         max_iter=max_iterations,
         init="k-means++",
     )
+
+
+def hdbscan(device: Device, *, least: int) -> Any:
+    """An untrained HDBSCAN (Campello and others 2015), with `fit` and `labels_`, -1 for outliers.
+
+    A row is in a dense place where `least` rows are near, itself included. There is nothing random
+    in it; where distances tie, the two libraries may draw a group's edge differently.
+
+    Args:
+        device: From `cluster.device.choose`.
+        least: Rows in a group at least, 2 or more; on CUDA at most `CUML_LEAST`.
+    """
+    if device.kind == "cuda":
+        from cuml.cluster import HDBSCAN as CumlHDBSCAN
+
+        return CumlHDBSCAN(
+            min_cluster_size=least,
+            # The row itself isn't counted by cuML; it is by scikit-learn.
+            min_samples=least - 1,
+            output_type="numpy",
+        )
+    from sklearn.cluster import HDBSCAN
+
+    return HDBSCAN(min_cluster_size=least, min_samples=least, copy=True)
 
 
 def logistic(device: Device, *, strength: float = 1.0, max_iterations: int = 1000) -> Any:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster import dask_lease, ports, session, supervisor
+from cluster import dask_actors, dask_lease, ports, session, supervisor
 from cluster.environment import HOME, Environment, embedded, file_of, services_of
 from cluster.files import replace_text
 from cluster.supervisor import Http, LogLine, Service, State
@@ -212,7 +212,7 @@ def _count_dask_workers(environment: Environment) -> int | None:
             environment.dask_address,
             timeout=5,
             set_as_default=False,
-            security=dask_lease.security(),
+            security=dask_actors.security(),
         ) as connected:
             return len(connected.scheduler_info(n_workers=-1)["workers"])
     except OSError as error:

@@ -3,6 +3,18 @@
 import socket
 
 
+def is_free(port: int) -> bool:
+    """Whether nothing listens on the port, on any interface, at this moment."""
+    with socket.socket() as probe:
+        # Else a connection closed a minute ago counts as a listener.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
 def free(count: int) -> list[int]:
     """As many different ports, free on every interface at this moment.
 

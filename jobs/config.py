@@ -6,121 +6,18 @@ Knows nothing of YAML (`jobs/pipeline_file.py`), or of how tables are read or st
 from __future__ import annotations
 
 import datetime as dt
-import re
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from jobs.search import SAMPLERS, SETTINGS, SPACE, draw
+from jobs.config_sweep import Sweep
+from jobs.config_tables import Dtype, Scalar, Table
 from jobs.sentiment_config import SentimentTraining
-from models.families import FAMILIES
 from models.features import FeatureSpec, describe
 from models.naming import suggestion
-
-Dtype = Literal["int32", "int64", "float32", "float64", "string", "bool", "date", "datetime"]
-Scalar = bool | int | float | dt.datetime | dt.date | str
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Source(_Model):
-    """Where a table's files are: a path, glob or URL, or a file inside an installed package."""
-
-    path: str = Field(min_length=1)
-    package: str | None = None
-
-
-class Bounds(_Model):
-    """Inclusive bounds; an absent side is open."""
-
-    min: Scalar | None = None
-    max: Scalar | None = None
-
-
-class RowBounds(_Model):
-    """Inclusive bounds on the number of rows."""
-
-    min: int | None = Field(default=None, ge=0)
-    max: int | None = Field(default=None, ge=0)
-
-
-class Freshness(_Model):
-    """The newest value of `column` may be at most `max_age_days` older than `as_of` (UTC)."""
-
-    column: str
-    max_age_days: float = Field(ge=0)
-    as_of: dt.date | None = None
-
-
-class Rules(_Model):
-    """What rows must hold; a column not in `nullable` may have no nulls."""
-
-    nullable: list[str] = []
-    unique: list[list[str]] = []
-    ranges: dict[str, Bounds] = {}
-    allowed: dict[str, list[Scalar]] = {}
-    foreign_keys: dict[str, str] = {}
-    rows: RowBounds = RowBounds()
-    freshness: Freshness | None = None
-
-
-class Table(_Model):
-    """One table: its source, its columns and the rules its rows must hold.
-
-    `mask` names string columns in which user names, e-mails, phone numbers and web addresses are
-    masked before anything is stored.
-    """
-
-    source: Source
-    format: Literal["parquet", "csv"] | None = None
-    separator: str = Field(default=",", min_length=1, max_length=1)
-    columns: dict[str, Dtype] = Field(min_length=1)
-    entity: str | None = None
-    mask: list[str] = []
-    rules: Rules = Rules()
-    max_quarantine_share: float = Field(default=0.01, ge=0, le=1)
-
-    @field_validator("columns")
-    @classmethod
-    def _columns_are_free(cls, columns: dict[str, Dtype]) -> dict[str, Dtype]:
-        for column in columns:
-            if column.startswith("_"):
-                raise ValueError(f"column {column!r}: names that begin with '_' are Liftyard's own")
-        return columns
-
-    @model_validator(mode="after")
-    def _names_exist(self) -> Table:
-        rules = self.rules
-        named = [("entity", self.entity)] if self.entity is not None else []
-        named += [("mask", c) for c in self.mask]
-        named += [("rules.nullable", c) for c in rules.nullable]
-        named += [("rules.unique", c) for columns in rules.unique for c in columns]
-        for rule in ("ranges", "allowed", "foreign_keys"):
-            named += [(f"rules.{rule}", c) for c in getattr(rules, rule)]
-        if rules.freshness is not None:
-            named.append(("rules.freshness.column", rules.freshness.column))
-        for where, column in named:
-            if column not in self.columns:
-                names = list(self.columns)
-                raise ValueError(
-                    f"{where} names column {column!r}; declared: {', '.join(names)}"
-                    f"{suggestion(column, names)}"
-                )
-        for column in self.mask:
-            if self.columns[column] != "string":
-                raise ValueError(
-                    f"mask names column {column!r}, which is {self.columns[column]}; "
-                    "only string columns are masked"
-                )
-        return self
-
-    @property
-    def kind(self) -> str:
-        """The declared format, or the one its suffix says: parquet unless `.csv`."""
-        suffix = re.search(r"\.(csv|tsv)(\.gz)?$", self.source.path)
-        return self.format or ("csv" if suffix else "parquet")
 
 
 class Lookup(_Model):
@@ -226,108 +123,6 @@ class Target(_Model):
     label: Label
     split: Split
     baseline: list[str] = []
-
-
-class Range(_Model):
-    """Values from min to max, whole where both are; `log` draws small ones as often as large."""
-
-    min: int | float
-    max: int | float
-    log: bool = False
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Range:
-        if self.min > self.max or (self.log and self.min <= 0):
-            raise ValueError(f"range from {self.min} to {self.max}: min <= max, above 0 for log")
-        return self
-
-
-class Space(_Model):
-    """What a family's variants are drawn from.
-
-    Each of `packs` draws is tried with `pack_size` draws of the settings in which variants share
-    work (`models.families.FREE`). A setting is a value, a list of choices or a range.
-    """
-
-    packs: int = Field(ge=1)
-    pack_size: int = Field(ge=1)
-    settings: dict[str, Range | list[int | float] | int | float] = {}
-
-
-class Halved(_Model):
-    """Successive halving of boosters; see `jobs.sweep.Halving`."""
-
-    rungs: list[int] = Field(min_length=1)
-    keep: float = Field(default=1 / 3, gt=0, lt=1)
-    bracket: int = Field(default=27, ge=2)
-    hyperband: bool = False
-
-    @field_validator("rungs")
-    @classmethod
-    def _ascending(cls, rungs: list[int]) -> list[int]:
-        if rungs[0] < 1 or rungs != sorted(set(rungs)):
-            raise ValueError(f"rungs {rungs}: give rounds from 1 up, ascending")
-        return rungs
-
-
-class Sweep(_Model):
-    """The families that a sweep trains; what a family leaves out is its default space's.
-
-    `sampler` draws the variants; one that learns from outcomes asks for `ahead` packs beyond those
-    told. `metric`, on the validation rows, is what models are compared by; with `folds`, variants
-    are by its mean over so many folds of the training rows. `latency` measures what
-    a row's score takes as well, for the report's Pareto front, and a model that takes more than
-    `slowest_us` isn't registered. `halving` stops boosters early. `ensemble` is how many of the
-    best are tried together (0: the best alone), and `calibrate` lets validation choose among raw
-    scores, Platt's sigmoid and isotonic regression.
-    """
-
-    sampler: Literal["random", "grid", "tpe", "cmaes"] = "random"
-    ahead: int = Field(default=16, ge=1)
-    metric: Literal["auc", "average_precision", "log_loss", "brier", "top_decile_lift"] = "auc"
-    folds: int = Field(default=0, ge=0, le=50)
-    latency: bool = False
-    slowest_us: float | None = Field(default=None, gt=0)
-    halving: Halved | None = None
-    ensemble: int = Field(default=10, ge=0, le=50)
-    calibrate: bool = False
-    families: dict[str, Space] = Field(
-        default_factory=lambda: {name: Space.model_validate(space) for name, space in SPACE.items()}
-    )
-
-    @field_validator("families", mode="before")
-    @classmethod
-    def _completed(cls, families: object) -> object:
-        if not isinstance(families, dict):
-            return families
-        for name, space in families.items():
-            if name not in FAMILIES:
-                raise ValueError(
-                    f"family {name!r}; allowed: {', '.join(FAMILIES)}"
-                    f"{suggestion(name, list(FAMILIES))}"
-                )
-            for setting in (space or {}).get("settings", {}):
-                if setting not in SETTINGS[name]:
-                    raise ValueError(
-                        f"{setting!r} isn't a setting of {name!r}; allowed: "
-                        f"{', '.join(SETTINGS[name])}{suggestion(setting, list(SETTINGS[name]))}"
-                    )
-        return {name: {**SPACE[name], **(space or {})} for name, space in families.items()}
-
-    @model_validator(mode="after")
-    def _sampler_fits(self) -> Sweep:
-        if self.folds == 1:
-            raise ValueError("folds 1: give 2 or more, or 0 to score on the validation rows")
-        if self.slowest_us is not None and not self.latency:
-            raise ValueError(f"slowest_us {self.slowest_us} needs latency: true")
-        if self.sampler == "grid":
-            draw(self.families, 0, "grid")
-        if self.halving and SAMPLERS[self.sampler] and self.ahead < self.halving.bracket:
-            raise ValueError(
-                f"sampler {self.sampler!r} asks {self.ahead} packs ahead, fewer than the "
-                f"{self.halving.bracket} that a bracket waits for; raise ahead or lower bracket"
-            )
-        return self
 
 
 class Scores(_Model):

@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +21,8 @@ from cluster import keeper, supervisor
 from cluster.environment import Environment, services_of
 from cluster.supervisor import LogLine
 from jobs import schedule
-from jobs.database import Connection, Row
+from jobs.database import Row
+from jobs.dispatch_choice import choose
 from jobs.queue import (
     FAILED,
     RUNNING,
@@ -183,7 +183,7 @@ def step(queue: Queue, engine: Engine, *, slots: float, look: bool = True) -> in
         _look(queue, engine)
     _end_overdue(queue, engine)
     done = 0
-    while (row := _choose(queue, slots)) is not None:
+    while (row := choose(queue, slots)) is not None:
         _hand_over(queue, engine, row)
         done += 1
     return done
@@ -291,67 +291,6 @@ def _end_overdue(queue: Queue, engine: Engine) -> None:
             engine.stop(f"{row['id']}-{row['attempt']}")
 
 
-def _choose(queue: Queue, slots: float) -> Row | None:
-    """Decides the next attempt and writes the decision down; None if nothing may run.
-
-    By priority, then the team that has least of its share now, then least of it before, then
-    the order of coming. A job whose team has no quota left is passed over; for one that only
-    waits for CPUs, those behind it wait too, else large jobs would never run.
-    """
-    with queue.database.changed() as connection:
-        _drop_orphans(connection)
-        running = connection.execute(
-            "SELECT team, SUM(cpus) AS cpus, SUM(gpus) AS gpus FROM jobs WHERE state = ?"
-            " GROUP BY team",
-            (RUNNING,),
-        ).fetchall()
-        taken = {row["team"]: (row["cpus"], row["gpus"]) for row in running}
-        free = slots - sum(cpus for cpus, _ in taken.values())
-        if free <= 0:
-            return None
-        teams = {row["name"]: row for row in connection.execute("SELECT * FROM teams")}
-        waiting = connection.execute(
-            "SELECT id, number, team, priority, cpus, gpus, spec FROM jobs"
-            " WHERE state = ? AND not_before <= ?",
-            (WAITING, time.time()),
-        ).fetchall()
-        if not waiting:
-            return None
-        before = {
-            row["team"]: row["used"]
-            for row in connection.execute(
-                "SELECT team, SUM(cpus * seconds) AS used FROM jobs GROUP BY team"
-            )
-        }
-
-        def rank(row: Row) -> tuple[float, float, float, int]:
-            team = row["team"]
-            share = teams[team]["share"] if team in teams else 1.0
-            now = taken.get(team, (0.0, 0.0))[0]
-            return (-row["priority"], now / share, before[team] / share, row["number"])
-
-        for row in sorted(waiting, key=rank):
-            quota = teams.get(row["team"])
-            cpus, gpus = taken.get(row["team"], (0.0, 0.0))
-            if quota is not None and (
-                _over(cpus + row["cpus"], quota["quota_cpus"])
-                or _over(gpus + row["gpus"], quota["quota_gpus"])
-            ):
-                continue
-            if not _ready(connection, json.loads(row["spec"])["after"]):
-                continue
-            if row["cpus"] > free and taken:
-                return None
-            chosen: Row = connection.execute(
-                "UPDATE jobs SET state = ?, attempt = attempt + 1, accepted = 0,"
-                " dispatched = ?, began = NULL, finished = NULL, code = NULL, overdue = 0,"
-                " message = '' WHERE id = ? RETURNING id, attempt, spec",
-                (RUNNING, time.time(), row["id"]),
-            ).fetchone()
-            return chosen
-    return None
-
-
 def _hand_over(queue: Queue, engine: Engine, row: Row) -> None:
     id, attempt = row["id"], row["attempt"]
     # Isolated, since site costs milliseconds; PostgreSQL's driver has to be found.
@@ -407,37 +346,6 @@ def _again(queue: Queue, row: Row, cause: str, why: str) -> None:
                 *(_ran(row), row["id"], row["attempt"], RUNNING, cause, cause),
             ),
         )
-
-
-def _drop_orphans(connection: Connection) -> None:
-    """Ends jobs that wait for one that won't succeed."""
-    waiting = connection.execute(
-        "SELECT id, spec FROM jobs WHERE state = ? AND spec NOT LIKE '%\"after\": []%'", (WAITING,)
-    ).fetchall()
-    for row in waiting:
-        for other in json.loads(row["spec"])["after"]:
-            found = connection.execute("SELECT state FROM jobs WHERE id = ?", (other,)).fetchone()
-            state = found["state"]
-            if state in (FAILED, STOPPED):
-                connection.execute(
-                    "UPDATE jobs SET state = ?, ended = ?, message = ? WHERE id = ?",
-                    (FAILED, time.time(), f"{other}, which it waits for, is {state}", row["id"]),
-                )
-
-
-def _ready(connection: Connection, after: Sequence[str]) -> bool:
-    if not after:
-        return True
-    marks = ", ".join("?" * len(after))
-    found = connection.execute(
-        f"SELECT COUNT(*) AS done FROM jobs WHERE id IN ({marks}) AND state = ?",
-        (*after, SUCCEEDED),
-    ).fetchone()
-    return bool(found["done"] == len(set(after)))
-
-
-def _over(wanted: float, quota: float | None) -> bool:
-    return quota is not None and wanted > quota
 
 
 def _ran(row: Row) -> float:

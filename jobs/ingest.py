@@ -18,7 +18,7 @@ import polars as pl
 
 from cluster import frames, storage
 from cluster.device import Device, choose
-from jobs.config import Table
+from jobs.config_tables import Table
 from models.naming import suggestion
 from models.text import HYGIENE, masked
 

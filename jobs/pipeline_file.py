@@ -76,6 +76,11 @@ def read(path: str | Path, model: type[ModelT], overrides: Sequence[str] = ()) -
         raise ConfigError("\n".join(dict.fromkeys(lines))) from error
 
 
+def place(path: Path, key: tuple[str, ...]) -> str:
+    """ "FILE:LINE: " of a key of a file that was read before; "" of no key."""
+    return f"{path}:{_line(yaml.compose(path.read_text(encoding='utf-8')), key)}: " if key else ""
+
+
 def _line(node: yaml.Node | None, loc: tuple[int | str, ...]) -> int:
     """The 1-based line of the deepest node on `loc`; a key's own line in a mapping."""
     line = node.start_mark.line + 1 if node is not None else 1

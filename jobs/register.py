@@ -7,7 +7,7 @@ does better by cross-validation), and whether to calibrate.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy as np
 import polars as pl
 
 from cluster.files import replace_text
+from jobs.refit import Fit
+from jobs.refit import refit as trained_again
 from jobs.sweep_board import LATENCY, Outcome
 from jobs.training_set import LABEL, SPLIT, FeatureColumn, Matrices
 from models import baseline, calibration, ensemble, importance
@@ -39,7 +41,8 @@ class Registered:
         pruned: How many were stopped early.
         family: The best variant's family, or "ensemble".
         variant: Its settings; of an ensemble its `members`, each with its `weight`, and where it
-            is stacked the `offset`. With `calibration` where one was chosen.
+            is stacked the `offset`. With `calibration` where one was chosen, and `refit` where what
+            was chosen was trained again.
         metric: What chose it, of `models.metrics.METRICS`.
         valid_score: That on the validation rows, a loss with its sign turned: more than new rows
             will give.
@@ -81,7 +84,8 @@ def register(
     calibrate: bool = False,
     metric: str = "auc",
     slowest_us: float | None = None,
-    fit: Callable[[Sequence[Variant], TrainingData], list[Fitted]] | None = None,
+    fit: Fit | None = None,
+    refit: int = 0,
 ) -> Registered:
     """Train the best variants again, test them, register one, and promote it if it earns that.
 
@@ -103,6 +107,9 @@ def register(
         slowest_us: Microseconds that a row's score may take (`jobs.sweep_board.LATENCY`): the best
             model within it is taken, alone. None for any.
         fit: Trains variants; None trains them in this process.
+        refit: By how many seeds what was chosen is trained once more, on validation's rows too
+            (`jobs.refit`); what validation has decided, and the importance of features, stay the
+            first ones'. 0 registers the first ones.
 
     Raises:
         RegisterError: Every variant failed.
@@ -110,15 +117,22 @@ def register(
     """
     best = _best(name, outcomes, together, slowest_us)
     data = matrices.training_data
-    trained = (fit or _fit)([outcome.variant for outcome in best], data)
-    family, variant, predict, valid_n = _together(trained, data.y_valid, metric, seed)
-    valid_score = METRICS[metric].score(data.y_valid, valid_n)
+    fit = fit or _fit
+    trained = fit([outcome.variant for outcome in best], data)
+    chosen = _together(trained, data.y_valid, metric, seed)
+    valid_score = METRICS[metric].score(data.y_valid, chosen.valid_scores)
     if calibrate:
-        method = calibration.choose(data.y_valid, valid_n, seed=seed)
-        if method != "raw":
-            fitted = calibration.fit(method, data.y_valid, valid_n)
-            predict = calibration.Calibrated(model=predict, calibration=fitted)
-            variant = {**variant, "calibration": method}
+        chosen = _calibrated(chosen, data.y_valid, seed)
+    lost_p = importance.permutation(
+        chosen.predict(chosen.members),
+        matrices.x["validate"],
+        matrices.y["validate"],
+        seed=seed,
+    )
+    predict = chosen.predict(chosen.members)
+    if refit:
+        chosen = replace(chosen, variant={**chosen.variant, "refit": refit})
+        predict = chosen.predict(trained_again(chosen.members, data, fit=fit, seeds=refit))
     scorer = Scorer(encoder=matrices.encoder, predict=predict)
     x_test, y_test = matrices.x["test"], matrices.y["test"]
     scores_n = scorer.predict(x_test)
@@ -130,9 +144,6 @@ def register(
         train = frame.filter(pl.col(SPLIT) == "train")
         rule = baseline.fit(train, baseline_features, train[LABEL].to_numpy())
         simple = rule(test_rows)
-    lost_p = importance.permutation(
-        predict, matrices.x["validate"], matrices.y["validate"], seed=seed
-    )
     told = _evaluation(y_test, scores_n, simple, lost_p, matrices, columns)
     replace_text(evaluation, json.dumps(told))
 
@@ -141,8 +152,8 @@ def register(
         name,
         scorer,
         example=test_rows.select(matrices.encoder.feature_names).head(5),
-        family=family,
-        variant=variant,
+        family=str(chosen.variant["family"]),
+        variant=chosen.variant,
         features=[
             {
                 "name": column.name,
@@ -167,7 +178,7 @@ def register(
         failed=sum(outcome.error is not None for outcome in outcomes),
         pruned=sum(outcome.pruned_at is not None for outcome in outcomes),
         family=card.family,
-        variant=variant,
+        variant=chosen.variant,
         metric=metric,
         valid_score=valid_score,
         test=metrics,
@@ -208,35 +219,75 @@ def _fit(variants: Sequence[Variant], data: TrainingData) -> list[Fitted]:
     return [next(f for f in fitted if f.variant == variant) for variant in variants]
 
 
-def _together(
-    trained: Sequence[Fitted], y_valid: np.ndarray, metric: str, seed: int
-) -> tuple[str, dict[str, Any], Callable[[np.ndarray], np.ndarray], np.ndarray]:
-    """Family, settings, predict function and validation scores of the best, alone or together."""
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """What validation has decided.
+
+    Attributes:
+        variant: See `Registered`.
+        members: The models that have a part in it.
+        predict: Of models in the members' places, a function from rows (n, p) to scores (n,).
+        valid_scores: (m,), the members'.
+    """
+
+    variant: dict[str, Any]
+    members: list[Fitted]
+    predict: Callable[[Sequence[Fitted]], Callable[[np.ndarray], np.ndarray]]
+    valid_scores: np.ndarray
+
+
+def _together(trained: Sequence[Fitted], y_valid: np.ndarray, metric: str, seed: int) -> _Chosen:
+    """The best, alone or together."""
     scores, by = [each.valid_scores for each in trained], METRICS[metric].score
+    offset: float | None = None
     if ensemble.stacking_helps(y_valid, scores, metric=by, seed=seed):
         weights, offset = ensemble.stacked(y_valid, scores)
-        picked = [(each, w) for each, w in zip(trained, weights, strict=True) if w > 0]
-        shares = tuple(w for _, w in picked)
-        members = [{**each.variant, "weight": w} for each, w in picked]
-        return (
-            "ensemble",
-            {"family": "ensemble", "members": members, "offset": offset},
-            ensemble.Stack(
-                models=tuple(each.predict for each, _ in picked), weights=shares, offset=offset
-            ),
-            ensemble.stack([each.valid_scores for each, _ in picked], shares, offset),
-        )
-    weights = ensemble.greedy(y_valid, scores, metric=by)
+    else:
+        weights = ensemble.greedy(y_valid, scores, metric=by)
     picked = [(each, w) for each, w in zip(trained, weights, strict=True) if w > 0]
-    if len(picked) == 1:
-        (alone, _), *_ = picked
-        return str(alone.variant["family"]), alone.variant, alone.predict, alone.valid_scores
-    shares = tuple(w for _, w in picked)
-    return (
-        "ensemble",
-        {"family": "ensemble", "members": [{**each.variant, "weight": w} for each, w in picked]},
-        ensemble.Average(models=tuple(each.predict for each, _ in picked), weights=shares),
-        ensemble.mean([each.valid_scores for each, _ in picked], shares),
+    members, shares = [each for each, _ in picked], tuple(w for _, w in picked)
+    scores = [each.valid_scores for each in members]
+    told = {"family": "ensemble", "members": [{**each.variant, "weight": w} for each, w in picked]}
+    if offset is not None:
+        return _Chosen(
+            variant={**told, "offset": offset},
+            members=members,
+            predict=lambda models: ensemble.Stack(
+                models=_predicts(models), weights=shares, offset=offset
+            ),
+            valid_scores=ensemble.stack(scores, shares, offset),
+        )
+    if len(members) == 1:
+        return _Chosen(
+            variant=members[0].variant,
+            members=members,
+            predict=lambda models: models[0].predict,
+            valid_scores=scores[0],
+        )
+    return _Chosen(
+        variant=told,
+        members=members,
+        predict=lambda models: ensemble.Average(models=_predicts(models), weights=shares),
+        valid_scores=ensemble.mean(scores, shares),
+    )
+
+
+def _predicts(models: Sequence[Fitted]) -> tuple[Callable[[np.ndarray], np.ndarray], ...]:
+    return tuple(each.predict for each in models)
+
+
+def _calibrated(chosen: _Chosen, y_valid: np.ndarray, seed: int) -> _Chosen:
+    """With the calibration that does best on the validation rows, if one does better than none."""
+    method = calibration.choose(y_valid, chosen.valid_scores, seed=seed)
+    if method == "raw":
+        return chosen
+    fitted = calibration.fit(method, y_valid, chosen.valid_scores)
+    return replace(
+        chosen,
+        variant={**chosen.variant, "calibration": method},
+        predict=lambda models: calibration.Calibrated(
+            model=chosen.predict(models), calibration=fitted
+        ),
     )
 
 

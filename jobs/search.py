@@ -11,6 +11,7 @@ from typing import Any
 
 from models import boosting, forest, logistic, network
 from models.families import FREE, Variant
+from models.network_training import PRECISIONS
 
 # Every setting of every family, with its default.
 SETTINGS = {
@@ -19,6 +20,9 @@ SETTINGS = {
     "network": network.DEFAULTS,
     "logistic": logistic.DEFAULTS,
 }
+
+# Of the settings whose values are words, those that are allowed.
+WORDS = {"precision": PRECISIONS}
 
 # By name: whether they learn from outcomes.
 SAMPLERS = {"random": False, "grid": False, "tpe": True, "cmaes": True}
@@ -77,7 +81,7 @@ def draw(families: Mapping[str, Any], seed: int, sampler: str = "random") -> lis
     """Draws every family's variants, by a sampler that doesn't learn.
 
     Args:
-        families: Name to `jobs.config.Space`.
+        families: Name to `jobs.config_sweep.Space`.
         seed: Draws are a function of it and of the space.
         sampler: "random" draws packs x pack_size of each family at most, with Optuna: a draw that
             repeats an earlier one is left out. "grid" gives every combination of the choices.
@@ -100,7 +104,7 @@ def variants(declared: Any, seed: int) -> "list[Variant] | Learned":
     """What a sweep tries: a list, or what asks for more as it learns.
 
     Args:
-        declared: `jobs.config.Sweep`.
+        declared: `jobs.config_sweep.Sweep`.
         seed: Of the draws.
     """
     if SAMPLERS[declared.sampler]:
@@ -128,7 +132,7 @@ class Learned:
         """Makes the studies.
 
         Args:
-            families: Name to `jobs.config.Space`.
+            families: Name to `jobs.config_sweep.Space`.
             seed: Of the sampler.
             sampler: "tpe" or "cmaes".
             ahead: Packs asked for beyond those told. Many keep workers busy, few teach sooner.
@@ -208,7 +212,7 @@ def _study(sampler: str, seed: int) -> Any:
 
 def _grid(family: str, space: Any, seed: int) -> list[Variant]:
     for name, how in space.settings.items():
-        if not isinstance(how, list | int | float):
+        if not isinstance(how, list | int | float | str):
             raise SearchError(
                 f"setting {name!r} of {family!r} is a range, and a grid takes choices: "
                 "list values, or take another sampler"
@@ -254,7 +258,7 @@ def _distribution(how: Any) -> Any:
 
     if isinstance(how, list):
         return distributions.CategoricalDistribution(how)
-    if isinstance(how, int | float):
+    if isinstance(how, int | float | str):
         return distributions.CategoricalDistribution([how])
     if isinstance(how.min, int) and isinstance(how.max, int):
         return distributions.IntDistribution(how.min, how.max, log=how.log)

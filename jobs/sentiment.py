@@ -18,7 +18,8 @@ from jobs.sentiment_config import SentimentTraining
 from jobs.sentiment_texts import rows
 from jobs.sentiment_training import job_of, on_ray, train
 from models import sentiment, sentiment_explain, topics
-from models.registry import Card, Registry
+from models.registry import Registry
+from models.registry_versions import Card
 from models.sentiment_metrics import by_slice, measured, tfidf_labels
 
 _EXAMPLES = 6
@@ -50,7 +51,8 @@ def run(
         What `sentiment.json` holds, JSON values: name, version, aliases, encoder, mode, settings,
         rows (by part), languages, metrics (whole and by slice, as `by_slice` names them),
         tfidf_macro_f1, champion_macro_f1 (None without one), history, train_s, examples (text,
-        language, label, said, probability, html), topics (see `models.topics.Topic`), seconds.
+        language, label, said, probability, html), topics (see `models.topics.Topic`),
+        topics_engine (what grouped them, where and why there), seconds.
 
     Raises:
         SentimentJobError: See `rows` and `train`.
@@ -67,6 +69,8 @@ def run(
     champion = _champion(config, registry, work)
     job = {"config": config.model_dump_json(), "folder": str(work), "champion": champion}
     found = on_ray(config, _assess)(job)
+    if console is not None:
+        console.print(f"topics: {found['topics_engine']}", soft_wrap=True, markup=False)
     settings = asdict(config.settings(**trained["variant"]))
     card = registry.register_folder(
         config.name,
@@ -135,12 +139,14 @@ def _assess(job: dict[str, Any]) -> dict[str, Any]:
         told = [champion.labels[at] for at in champion.logits(texts).argmax(axis=1)]
         before = measured(test["label"].to_list(), told, model.labels)["macro_f1"]
         shutil.rmtree(Path(job["champion"]).parent)
+    engine, grouped = _topics(config, model, pl.concat(list(parts.values())))
     return {
         "metrics": by_slice(test, said, model.labels),
         "tfidf_macro_f1": measured(test["label"].to_list(), rival, model.labels)["macro_f1"],
         "champion_macro_f1": before,
         "examples": _examples(model, test.with_columns(said=pl.Series(said))),
-        "topics": _topics(config, model, pl.concat(list(parts.values()))),
+        "topics": grouped,
+        "topics_engine": engine,
     }
 
 
@@ -163,9 +169,12 @@ def _examples(model: sentiment.Sentiment, test: pl.DataFrame) -> list[dict[str, 
 
 def _topics(
     config: SentimentTraining, model: sentiment.Sentiment, frame: pl.DataFrame
-) -> list[dict[str, Any]]:
-    """Of all texts, with the sentiment that their labels say."""
+) -> tuple[str, list[dict[str, Any]]]:
+    """Of all texts, with the sentiment that their labels say; first, what grouped them and why."""
     declared, texts = config.topics, frame["text"].to_list()
+    # With `gpus` it must be CUDA, or this is an error: nothing falls back.
+    device = choose("cuda" if config.gpus else "cpu")
+    library = "cuML" if device.kind == "cuda" else "scikit-learn"
     _, found = topics.topics(
         texts,
         model.embeddings(texts),
@@ -175,9 +184,11 @@ def _topics(
         groups=min(declared.groups, len(texts)),
         least=declared.least,
         seed=config.seed,
-        kmeans=partial(estimators.kmeans, choose("cuda" if config.gpus else "cpu")),
+        kmeans=partial(estimators.kmeans, device),
+        hdbscan=partial(estimators.hdbscan, device),
     )
-    return [
+    engine = f"{declared.method} of {library} on {device.kind} (gpus: {config.gpus:g})"
+    return engine, [
         {
             **asdict(topic),
             "terms": list(topic.terms),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cluster.estimators import CUML_LEAST
 from models.sentiment import LABELS
 from models.sentiment_schedule import Settings
 
@@ -102,6 +103,11 @@ class SentimentTraining(_Model):
             )
         if self.sweep is not None and self.mode == "head":
             raise ValueError("sweep varies fine-tuning; leave it out, or give mode: full")
+        if self.gpus and self.topics.method == "hdbscan" and self.topics.least > CUML_LEAST:
+            raise ValueError(
+                f"topics.least {self.topics.least}: HDBSCAN on a GPU takes at most {CUML_LEAST}; "
+                "give less, or leave gpus out"
+            )
         if self.workers > 1 and self.mode == "head":
             raise ValueError(f"workers {self.workers}: mode head takes one; leave workers out")
         return self

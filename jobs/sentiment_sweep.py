@@ -23,7 +23,8 @@ from jobs.sentiment_texts import SentimentJobError
 from jobs.sweep_board import Listed, Outcome
 from models import sentiment
 from models.families import Variant
-from models.registry import Registry, Trial
+from models.registry import Registry
+from models.registry_sweeps import Trial
 from models.sentiment_training import fit
 
 

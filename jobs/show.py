@@ -14,7 +14,7 @@ from cluster.environment import Environment, Prices
 from cluster.local import Status
 from jobs.queue import Queued
 from jobs.runs import Run
-from models.registry import Card
+from models.registry_versions import Card
 
 
 def run(done: Run, console: Console) -> None:

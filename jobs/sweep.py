@@ -13,19 +13,17 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from cluster import estimators
-from cluster.device import choose
+from cluster.device import DeviceError
 from cluster.files import replace_text
-from jobs.sweep_board import LATENCY, Board, Halving, Listed, Outcome, Pack, Source, key
-from models import forest
-from models.families import FAMILIES, Fitted, TrainingData, Variant, cost, packs
-from models.metrics import METRICS
+from jobs.sweep_actors import Pool, SweepError, pool
+from jobs.sweep_board import Board, Halving, Listed, Outcome, Pack, Source, key
+from jobs.sweep_packs import Train, cluster_pack, train_pack
+from models.families import Fitted, TrainingData, Variant, cost, packs
 
 __all__ = [
     "Halving",
@@ -42,70 +40,6 @@ __all__ = [
     "run",
     "train_pack",
 ]
-
-
-# What others gave back is free a moment later.
-SETTLE_S = 5.0
-# Rows that latency is measured on.
-LATENCY_ROWS = 1_000
-
-
-class SweepError(RuntimeError):
-    """The sweep can't go on; the message says why."""
-
-
-class Train(Protocol):
-    """What actors do with a pack; one that can be pickled, and raises for no variant's sake."""
-
-    def __call__(self, pack: Sequence[Variant], data: Any, **how: Any) -> list[Outcome]:
-        """One outcome a variant; `how` is device, until, looks and held."""
-
-
-class Pool:
-    """Warm actors; made by `pool`."""
-
-    def __init__(self, actors: Sequence[Any], device: str) -> None:
-        self.actors, self.device = list(actors), device
-        # Families that each has trained.
-        self.at_home: dict[Any, set[str]] = {actor: set() for actor in self.actors}
-
-
-@contextmanager
-def pool(workers: int, *, cpus: float = 1, gpus: float = 0) -> Iterator[Pool]:
-    """Actors on the connected Ray cluster, for any number of sweeps; ended on exit.
-
-    Args:
-        workers: How many at most; fewer where others hold the cluster's CPUs or GPUs, since an
-            actor without room would keep its packs waiting. Waits for room for one.
-        cpus: CPUs of each, which is also the number of threads that its libraries may use.
-        gpus: GPUs of each, fractions too; above 0 boosting and networks train on CUDA.
-    """
-    import ray
-
-    worker: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=2)(
-        _Worker
-    )
-    device = "cuda" if gpus else "cpu"
-    room = _room(workers, {"CPU": cpus, "GPU": gpus})
-    actors = [worker.remote(max(1, int(cpus)), device) for _ in range(room)]
-    try:
-        yield Pool(actors, device)
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
-def _room(wanted: int, each: dict[str, float]) -> int:
-    """How many actors the cluster has room for now, at least 1."""
-    import ray
-
-    deadline = time.monotonic() + SETTLE_S
-    while True:
-        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-        room = min(int(free.get(name, 0) / need) for name, need in each.items() if need > 0)
-        if room >= wanted or time.monotonic() > deadline:
-            return max(1, min(room, wanted))
-        time.sleep(0.1)
 
 
 def run(
@@ -141,7 +75,7 @@ def run(
         One outcome a variant, in their order; of a source, in the order of asking.
 
     Raises:
-        SweepError: A pack lost its worker three times.
+        SweepError: A pack lost its worker three times, or a worker can't use its GPU.
         VariantError: A variant's family isn't known.
     """
     done = _read(journal)
@@ -191,13 +125,16 @@ def outcomes(
     return board.outcomes()
 
 
-def fit(variants: Sequence[Variant], data: TrainingData, *, on: Pool) -> list[Fitted]:
+def fit(
+    variants: Sequence[Variant], data: TrainingData, *, on: Pool, metric: str = "auc"
+) -> list[Fitted]:
     """Trains variants and brings the models back, in their order.
 
     Args:
         variants: As for `run`.
         data: Encoded rows.
         on: Actors; each pack goes to the next that is free.
+        metric: Of `models.metrics.METRICS`, that patience goes by: the sweep's, for what it chose.
 
     Raises:
         SweepError: A variant fails, or a pack lost its worker three times.
@@ -212,13 +149,14 @@ def fit(variants: Sequence[Variant], data: TrainingData, *, on: Pool) -> list[Fi
     while waiting or running:
         while waiting and idle:
             actor = idle.pop()
-            running[actor.fit.remote(waiting.pop(), shared)] = actor
+            running[actor.fit.remote(waiting.pop(), shared, metric)] = actor
         (ready,), _ = ray.wait(list(running), num_returns=1)
         idle.append(running.pop(ready))
         try:
             found |= {key(each.variant): each for each in ray.get(ready)}
         except ray.exceptions.RayError as error:
-            raise SweepError(f"variants that were trained before fail now: {error}") from error
+            said = getattr(error, "cause", None) or error
+            raise SweepError(f"variants that were trained before fail now: {said}") from error
     return [found[key(variant)] for variant in variants]
 
 
@@ -284,182 +222,16 @@ def _train(board: Board, data: Any, on: Pool, train: Train, end: float) -> Itera
             outcomes = ray.get(ready)
         except ray.exceptions.RayActorError as error:
             raise SweepError(f"a worker died three times on {dict(pack.variants[0])}") from error
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, DeviceError):
+                raise SweepError(str(error.cause)) from None
+            raise
         has[actor] -= 1
         board.add(pack, outcomes)
         if not board.open:
             board.ask()
     yield from board.finished()
     ray.get([actor.forget.remote() for actor in on.actors])
-
-
-class _Worker:
-    def __init__(self, threads: int, device: str) -> None:
-        from threadpoolctl import threadpool_limits
-
-        threadpool_limits(threads)
-        self._device = device
-        self._of: Any = None
-        self._data: Any = None
-        # Boosters that may go on, by their packs' numbers.
-        self._held: dict[int, dict[str, Any]] = {}
-
-    def train(
-        self,
-        train: Train,
-        pack: list[Variant],
-        data: list[Any],
-        number: int,
-        until: int | None,
-        looks: Sequence[int],
-        dropped: Sequence[int],
-    ) -> list[Outcome]:
-        rows = self._rows(data)
-        for each in dropped:
-            self._held.pop(each, None)
-        held = self._held.setdefault(number, {})
-        outcomes = train(pack, rows, device=self._device, until=until, looks=looks, held=held)
-        if not held:
-            del self._held[number]
-        return outcomes
-
-    def fit(self, pack: list[Variant], data: list[Any]) -> list[Fitted]:
-        rows: TrainingData = self._rows(data)
-        return _fit_pack(pack, rows, device=self._device)
-
-    def _rows(self, data: list[Any]) -> Any:
-        import ray
-
-        if self._of != data[0]:
-            self.forget()
-            self._of, self._data = data[0], ray.get(data[0])
-        return self._data
-
-    def forget(self) -> None:
-        """Drops the data and what was made of it."""
-        self._of, self._data = None, None
-        self._held.clear()
-
-
-def _fit_pack(
-    pack: Sequence[Variant], data: TrainingData, *, device: str = "cpu", **halved: Any
-) -> list[Fitted]:
-    family = str(pack[0]["family"])
-    if family == "forest" and device == "cuda":
-        # What is cuML's and what scikit-learn's is decided in one place, which models don't know.
-        return forest.fit_pack(pack, data, factory=partial(estimators.forest, choose("cuda")))
-    return FAMILIES[family](pack, data, device=device, **halved)
-
-
-def train_pack(
-    pack: Sequence[Variant],
-    data: TrainingData,
-    *,
-    metric: str = "auc",
-    latency: bool = False,
-    **how: Any,
-) -> list[Outcome]:
-    """What an actor makes of a pack; nothing that a variant does wrong is raised.
-
-    A pack that doesn't fit in memory is halved and tried again; one that fails otherwise is tried
-    a variant at a time, so that one bad variant doesn't take its pack along.
-
-    Args:
-        pack: Variants of one family.
-        data: Encoded rows.
-        metric: Of `models.metrics.METRICS`, that variants are compared by.
-        latency: Whether outcomes have the metric `LATENCY` too.
-        how: For the family: device, until, looks, held.
-    """
-    started, cpu = time.perf_counter(), time.process_time()
-    try:
-        fitted = _fit_pack(pack, data, metric=metric, **how)
-        scored = [METRICS[metric].score(data.y_valid, each.valid_scores) for each in fitted]
-    except Exception as error:
-        if len(pack) > 1:
-            size = len(pack) // 2 if out_of_memory(error) else 1
-            parts = [pack[at : at + size] for at in range(0, len(pack), size)]
-            return [
-                outcome
-                for part in parts
-                for outcome in train_pack(part, data, metric=metric, latency=latency, **how)
-            ]
-        return [
-            Outcome(
-                variant=dict(pack[0]),
-                score=None,
-                seconds=time.perf_counter() - started,
-                error=f"{type(error).__name__}: {error}",
-                cpu_s=time.process_time() - cpu,
-            )
-        ]
-    seconds = sum(each.seconds for each in fitted)
-    cpu_share = (time.process_time() - cpu) / seconds
-    return [
-        Outcome(
-            variant=each.variant,
-            score=score,
-            seconds=each.seconds,
-            cpu_s=each.seconds * cpu_share,
-            curve=[list(point) for point in each.curve],
-            pruned_at=each.pruned_at,
-            metrics={LATENCY: _latency_us(each, data)} if latency else {},
-        )
-        for each, score in zip(fitted, scored, strict=True)
-    ]
-
-
-def _latency_us(fitted: Fitted, data: TrainingData) -> float:
-    """The quickest of three goes, so that what else the machine does counts little."""
-    rows = data.x_valid[:LATENCY_ROWS]
-    took = []
-    for _ in range(3):
-        began = time.perf_counter()
-        fitted.predict(rows)
-        took.append(time.perf_counter() - began)
-    return min(took) / len(rows) * 1e6
-
-
-def cluster_pack(pack: Sequence[Variant], data: Any, **how: Any) -> list[Outcome]:
-    """What an actor makes of k-means variants, by way of `run(..., train=cluster_pack)`.
-
-    Args:
-        pack: Variants of `models.clustering`, each its own pack or several.
-        data: `models.clustering.ClusterData`.
-        how: Nothing of it is used.
-
-    Returns:
-        Outcomes whose `metrics` are silhouette, davies_bouldin and stability.
-    """
-    from models import clustering
-
-    outcomes = []
-    for variant in pack:
-        cpu = time.process_time()
-        try:
-            (made,) = clustering.fit_pack([variant], data)
-        except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-            outcomes.append(Outcome(variant=dict(variant), score=None, seconds=0.0, error=said))
-            continue
-        outcomes.append(
-            Outcome(
-                variant=made.variant,
-                score=None,
-                seconds=made.seconds,
-                cpu_s=time.process_time() - cpu,
-                metrics=made.metrics,
-            )
-        )
-    return outcomes
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that a device or this machine has no memory left."""
-    # By text: torch, XGBoost and cuML each have a class of their own, and may not be installed.
-    said = f"{type(error).__name__} {error}".lower()
-    return isinstance(error, MemoryError) or any(
-        each in said for each in ("outofmemory", "out of memory", "bad_alloc", "memoryallocation")
-    )
 
 
 def _read(journal: Path) -> dict[str, Outcome]:

@@ -28,9 +28,10 @@ class Outcome:
         seconds: Training seconds, the pack's shared part split evenly.
         error: Why it failed, or None.
         cpu_s: CPU seconds of the worker, split like `seconds`.
-        curve: Rounds and score, for families that train round by round.
+        curve: Rounds or epochs and score, for families that train so.
         pruned_at: Rounds after which halving stopped it; `score` is of then. Else None.
         metrics: Other scores by name, of work that isn't scored by AUC.
+        ran: How it was trained: "device" and, of networks, "precision".
     """
 
     variant: dict[str, Any]
@@ -41,6 +42,7 @@ class Outcome:
     curve: list[list[float]] = field(default_factory=list)
     pruned_at: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    ran: dict[str, str] = field(default_factory=dict)
 
 
 class Source(Protocol):

@@ -4,8 +4,8 @@ from collections.abc import MutableMapping, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
-from jobs.sweep import train_pack
 from jobs.sweep_board import Outcome
+from jobs.sweep_packs import train_pack
 from models.families import Variant
 from models.folds import Folds
 
@@ -26,7 +26,7 @@ def train_folds(
         pack: Variants of one family.
         data: The folds.
         held: Boosters that an earlier call stopped, by fold.
-        how: As for `jobs.sweep.train_pack`.
+        how: As for `jobs.sweep_packs.train_pack`.
 
     Returns:
         One outcome a variant: scores and curves are means over folds, times are sums, and its
@@ -63,6 +63,7 @@ def _joined(outcomes: Sequence[Outcome]) -> Outcome:
             },
             SPREAD: pstdev(scores),
         },
+        ran=outcomes[0].ran,
     )
 
 

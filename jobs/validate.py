@@ -17,7 +17,7 @@ import polars as pl
 from pandera.errors import SchemaErrors
 
 from cluster import storage
-from jobs.config import Table
+from jobs.config_tables import Table
 from jobs.ingest import INVALID
 
 RULE = "_rule"

@@ -6,7 +6,8 @@ where it stopped, which is what successive halving needs.
 """
 
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from models.metrics import METRICS, MetricError
 DEFAULTS: dict[str, Any] = {
     "rounds": 100,
     "depth": 6,
+    "leaves": 0,
     "learning_rate": 0.1,
     "min_child_weight": 1.0,
     "l2": 1.0,
@@ -69,9 +71,11 @@ def fit_pack(
     """Trains each variant, identical to the bit to training it alone.
 
     Args:
-        variants: Settings out of `DEFAULTS`. With `patience`, a booster stops once its validation
-            metric, looked at every `STEP` rounds, hasn't risen for so many rounds, and its best
-            look is what predicts.
+        variants: Settings out of `DEFAULTS`. Trees grow level by level to `depth`; with `leaves`,
+            the leaf that gains most is split next until there are so many, and a `depth` of 0 is
+            no limit (best-first trees, Shi 2007). With `patience`, a booster stops once its
+            validation metric, looked at every `STEP` rounds, hasn't risen for so many rounds, and
+            its best look is what predicts.
         data: Rows to train on and to score; binned once a process for each `max_bin`.
         device: XGBoost's name of the device, "cpu" or "cuda".
         until: Stop after so many rounds; variants that ask for more are `pruned_at` that.
@@ -88,7 +92,10 @@ def fit_pack(
     """
     settings = [completed("boosting", variant, DEFAULTS) for variant in variants]
     for each in settings:
-        require_at_least("boosting", each, ("rounds", "depth"), 1)
+        require_at_least("boosting", each, ("rounds",), 1)
+        require_at_least("boosting", each, ("leaves",), 0)
+        # Without either, a tree would grow until each row is a leaf.
+        require_at_least("boosting", each, ("depth",), 0 if each["leaves"] else 1)
         require_at_least("boosting", each, ("max_bin",), 2)
         require_at_least("boosting", each, ("patience", "seed"), 0)
         require_above_zero("boosting", each, ("positive_weight", "learning_rate"))
@@ -99,8 +106,9 @@ def fit_pack(
         shared = {name: v for name, v in settings[places[0]].items() if name != "rounds"}
         key = repr(sorted(shared.items()))
         growing = held.pop(key, None) or _Growing(shared, data, device, metric)
-        longest = max(settings[place]["rounds"] for place in places)
-        growing.grow(longest if until is None else min(until, longest), looks)
+        sizes = {settings[place]["rounds"] for place in places}
+        longest = max(sizes)
+        growing.grow(longest if until is None else min(until, longest), looks, sizes)
         if until is not None and until < longest and not growing.stopped:
             held[key] = growing
         training_s = time.perf_counter() - started
@@ -113,7 +121,7 @@ def fit_pack(
             pruned = until is not None and until < asked and not growing.stopped
             fitted[place] = Fitted(
                 variant=dict(variants[place]),
-                valid_scores=_scores(growing.booster, rounds, growing.matrices.valid),
+                valid_scores=growing.scores(rounds),
                 seconds=training_s / len(places) + time.perf_counter() - started,
                 predict=predict,
                 curve=curve,
@@ -133,8 +141,7 @@ class _Growing:
         self.matrices = _binned(data, settings["max_bin"], device)
         self._y_valid = data.y_valid
         self._metric = METRICS[metric]
-        # A constant added to all margins moves no ranking.
-        self._ranks = metric in ("auc", "average_precision", "top_decile_lift")
+        self._on_cpu = device == "cpu"
         self._patience = settings["patience"]
         self.booster = xgboost.Booster(
             {
@@ -148,6 +155,8 @@ class _Growing:
                 "seed_per_iteration": True,
                 "seed": settings["seed"],
                 "max_depth": settings["depth"],
+                "max_leaves": settings["leaves"],
+                "grow_policy": "lossguide" if settings["leaves"] else "depthwise",
                 "learning_rate": settings["learning_rate"],
                 "min_child_weight": settings["min_child_weight"],
                 "lambda": settings["l2"],
@@ -158,44 +167,46 @@ class _Growing:
             cache=[self.matrices.train],
         )
         self._done = 0
-        self._margin_m = np.zeros(data.y_valid.size)
-        self._seen = 0
         self._curve: list[tuple[int, float]] = []
+        # Rounds of the curve's points, but for a variant's last: those that no pack decides.
+        self._regular: set[int] = set()
+        # By rounds; those asked for, the last and, with patience, the best so far.
+        self._seen: dict[int, np.ndarray] = {}
         self.stopped = False
 
-    def grow(self, rounds: int, looks: Sequence[int]) -> None:
+    def grow(self, rounds: int, looks: Sequence[int], sizes: Collection[int]) -> None:
         """Trains up to so many rounds in all, looking at validation on the way."""
         steps = range(STEP, rounds + 1, STEP) if self._patience else SPARSE
-        due = {*steps, *looks, rounds}
+        self._regular |= {*steps, *looks}
+        due = {*self._regular, *sizes, rounds}
         while self._done < rounds and not self.stopped:
             self.booster.update(self.matrices.train, self._done)
             self._done += 1
             if self._done in due:
-                self._look()
+                self._look(sizes)
 
-    def _look(self) -> None:
-        # A slice's margins, so that a curve costs one prediction in all.
-        margin_m = self.booster.predict(
-            self.matrices.valid, output_margin=True, iteration_range=(self._seen, self._done)
-        )
-        # The base score is in each slice.
-        margin_m = self._margin_m + margin_m
-        if not self._patience or self._done % STEP == 0:
-            # With patience only at steps, so that no other look changes a step's last bits.
-            self._margin_m, self._seen = margin_m, self._done
-        shown_m = (
-            margin_m if self._ranks else _scores(self.booster, self._done, self.matrices.valid)
-        )
-        try:
-            self._curve.append((self._done, self._metric.score(self._y_valid, shown_m)))
-        except MetricError:
-            return  # Validation rows of one class: the caller tells of it.
-        if self._patience and self._done % STEP == 0:
+    def _look(self, sizes: Collection[int]) -> None:
+        # XGBoost goes on from the last look's margins, so that all looks cost one prediction.
+        scores_m = self.booster.predict(self.matrices.valid).astype(np.float64)
+        # Not on validation rows of one class, which the caller tells of.
+        with suppress(MetricError):
+            self._curve.append((self._done, self._metric.score(self._y_valid, scores_m)))
+        kept = {*sizes, _best(self._curve)} if self._patience else set(sizes)
+        self._seen = {k: v for k, v in self._seen.items() if k in kept} | {self._done: scores_m}
+        if self._patience and self._done % STEP == 0 and self._curve:
             self.stopped = self._done - _best(self._curve) >= self._patience
+
+    def scores(self, rounds: int) -> np.ndarray:
+        """Validation scores (m,) float64 of its first rounds, the bits of one prediction."""
+        # On a GPU each look's trees are summed by themselves, which rounds otherwise.
+        if self._on_cpu and rounds in self._seen:
+            return self._seen[rounds]
+        return _scores(self.booster, rounds, self.matrices.valid)
 
     def chosen(self, asked: int) -> tuple[int, tuple[tuple[int, float], ...]]:
         """Rounds that predict for a variant of so many, and its curve."""
-        curve = tuple(point for point in self._curve if point[0] <= asked)
+        shown = {*self._regular, min(asked, self._done)}
+        curve = tuple(point for point in self._curve if point[0] <= asked and point[0] in shown)
         rounds = min(asked, self._done)
         if self._patience and rounds >= STEP and curve:
             rounds = _best(curve)
@@ -219,8 +230,9 @@ def settled(variant: Variant, curve: Sequence[Sequence[float]]) -> dict[str, Any
 
 
 def _best(curve: Sequence[tuple[int, float]]) -> int:
-    """Rounds of the highest step, the first of equals."""
-    return max((p for p in curve if p[0] % STEP == 0), key=lambda p: (p[1], -p[0]))[0]
+    """Rounds of the highest step, the first of equals; 0 where there is none."""
+    steps = (point for point in curve if point[0] % STEP == 0)
+    return max(steps, key=lambda point: (point[1], -point[0]), default=(0, 0.0))[0]
 
 
 def _binned(data: TrainingData, max_bin: int, device: str) -> _Matrices:

@@ -5,8 +5,9 @@ A family is one module with one function, `fit_pack(variants, data) -> list[Fitt
 trains variants that share work for less than each alone, with the same result.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -97,8 +98,9 @@ class Fitted:
         valid_scores: (m,) float64, probability of 1 for each row of x_valid.
         seconds: Wall seconds; work that a pack shares is split evenly among its variants.
         predict: (n, p) float32 to (n,) float64, probability of 1.
-        curve: Validation score after so many rounds, for families that train round by round.
+        curve: Validation score after so many rounds or epochs, for families that train so.
         pruned_at: Rounds after which it was stopped short of what it asks for, or None.
+        ran: Facts of how it was trained, by name, where a family has a choice.
     """
 
     variant: dict[str, Any]
@@ -107,28 +109,45 @@ class Fitted:
     predict: Callable[[np.ndarray], np.ndarray]
     curve: tuple[tuple[int, float], ...] = ()
     pruned_at: int | None = None
+    ran: Mapping[str, str] = field(default_factory=dict)
 
 
 class FitPack(Protocol):
     """A family's function, with what not every family takes left aside."""
 
     def __call__(
-        self, variants: Sequence[Variant], data: TrainingData, *, device: str = "cpu", **halved: Any
+        self,
+        variants: Sequence[Variant],
+        data: TrainingData,
+        *,
+        device: str = "cpu",
+        metric: str = "auc",
+        **halved: Any,
     ) -> list[Fitted]:
-        """Trains each variant; `halved` is boosting's until, looks, held and metric."""
+        """Trains each variant; `metric` is what patience goes by, `halved` boosting's own."""
 
 
 # The family modules import this one for its types, hence the imports inside.
 def _boosting(
-    variants: Sequence[Variant], data: TrainingData, *, device: str = "cpu", **halved: Any
+    variants: Sequence[Variant],
+    data: TrainingData,
+    *,
+    device: str = "cpu",
+    metric: str = "auc",
+    **halved: Any,
 ) -> list[Fitted]:
     from models import boosting
 
-    return boosting.fit_pack(variants, data, device=device, **halved)
+    return boosting.fit_pack(variants, data, device=device, metric=metric, **halved)
 
 
 def _forest(
-    variants: Sequence[Variant], data: TrainingData, *, device: str = "cpu", **halved: Any
+    variants: Sequence[Variant],
+    data: TrainingData,
+    *,
+    device: str = "cpu",
+    metric: str = "auc",
+    **halved: Any,
 ) -> list[Fitted]:
     from models import forest
 
@@ -136,15 +155,26 @@ def _forest(
 
 
 def _network(
-    variants: Sequence[Variant], data: TrainingData, *, device: str = "cpu", **halved: Any
+    variants: Sequence[Variant],
+    data: TrainingData,
+    *,
+    device: str = "cpu",
+    metric: str = "auc",
+    **halved: Any,
 ) -> list[Fitted]:
     from models import network
 
-    return network.fit_pack(variants, data, accelerator="gpu" if device == "cuda" else "cpu")
+    accelerator = "gpu" if device == "cuda" else "cpu"
+    return network.fit_pack(variants, data, accelerator=accelerator, metric=metric)
 
 
 def _logistic(
-    variants: Sequence[Variant], data: TrainingData, *, device: str = "cpu", **halved: Any
+    variants: Sequence[Variant],
+    data: TrainingData,
+    *,
+    device: str = "cpu",
+    metric: str = "auc",
+    **halved: Any,
 ) -> list[Fitted]:
     from models import logistic
 
@@ -158,11 +188,14 @@ FAMILIES: dict[str, FitPack] = {
     "logistic": _logistic,
 }
 
+# Those that train on a GPU where a worker has one.
+ON_GPU = frozenset({"boosting", "forest", "network"})
+
 # The settings in which variants of one pack may differ.
 FREE: dict[str, frozenset[str]] = {
     "boosting": frozenset({"rounds"}),
     "forest": frozenset({"trees"}),
-    "network": frozenset({"learning_rate", "weight_decay", "dropout", "seed"}),
+    "network": frozenset({"learning_rate", "weight_decay", "dropout", "patience", "seed"}),
     "logistic": frozenset({"l2"}),
 }
 
@@ -209,7 +242,8 @@ def cost(pack: Sequence[Variant]) -> float:
 
     match pack[0]["family"]:
         case "boosting":
-            return 0.0045 * most("rounds", 100) * most("depth", 6)
+            levels = most("depth", 6) or math.log2(most("leaves", 0)) + 1
+            return 0.0045 * most("rounds", 100) * levels
         case "forest":
             return 0.17 * most("trees", 100) * most("depth", 12) * most("feature_share", 0.5)
         case "network":

@@ -29,11 +29,10 @@ def auc(y: np.ndarray, p: np.ndarray) -> float:
             f"AUC needs both classes, but all {y.size} targets are {int(y[0])}; "
             "take more rows, or split them by class (stratified)"
         )
-    _, group, counts = np.unique(p, return_inverse=True, return_counts=True)
-    # Tied scores share the mean of the ranks (from 1) that they take up.
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[group]
-    wins = ranks[y == 1].sum() - positives * (positives + 1) / 2
-    return float(wins / (positives * negatives))
+    # Two sorts of values, not one of places, which takes several times as long.
+    p1, p0 = np.sort(p[y == 1]), np.sort(p[y == 0])
+    below, up_to = (int(np.searchsorted(p0, p1, side=side).sum()) for side in ("left", "right"))
+    return (below + up_to) / 2 / (positives * negatives)
 
 
 def average_precision(y: np.ndarray, p: np.ndarray) -> float:

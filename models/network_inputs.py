@@ -62,6 +62,10 @@ class Columns:
         places: np.ndarray = np.where(known, codes, self.counts).astype(np.int64) + starts
         return places
 
+    def rows_of(self, x: np.ndarray) -> list[np.ndarray]:
+        """What a row goes in as: numbers, and places where there are categories."""
+        return [self.numbers_of(x), *([self.codes_of(x)] if self.categories.size else [])]
+
     def owners_i(self) -> np.ndarray:
         """Position of the column that each input is of, (I,)."""
         return np.concatenate(
@@ -105,26 +109,30 @@ class Vectors:
     trained: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, columns: Columns, trained: dict[str, np.ndarray], x_train: np.ndarray) -> "Vectors":
-        """With its base from the rows that trained it."""
-        own = {name: value.copy() for name, value in trained.items()}
-        made = cls(columns=columns, base_i=np.zeros(columns.width, np.float32), trained=own)
+    def of(
+        cls, columns: Columns, trained: dict[str, np.ndarray], codes: np.ndarray | None
+    ) -> "Vectors":
+        """With its base from the places (`Columns.codes_of`) of the rows that trained it."""
+        made = cls(columns=columns, base_i=np.zeros(columns.width, np.float32), trained=trained)
         zeros = np.zeros((1, columns.numbers.size + columns.scaling[2].size), np.float32)
         parts = [made._from_numbers(zeros)[0]]
-        if columns.categories.size:
-            table = own["table"]
-            for codes in columns.codes_of(x_train).T:
-                places, counts = np.unique(codes, return_counts=True)
-                parts.append(counts @ table[places].astype(np.float64) / counts.sum())
+        for codes_n in () if codes is None else codes.T:
+            counts = np.bincount(codes_n)
+            places = np.flatnonzero(counts)
+            vectors = trained["table"][places].astype(np.float64)
+            parts.append(counts[places] @ vectors / counts.sum())
         base_i = np.concatenate(parts).astype(np.float32)
-        return cls(columns=columns, base_i=base_i, trained=own)
+        return cls(columns=columns, base_i=base_i, trained=trained)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """The first layer's inputs; a row's are the same alone as among others."""
-        parts = [self._from_numbers(self.columns.numbers_of(x))]
-        if self.columns.categories.size:
-            found = self.trained["table"][self.columns.codes_of(x)]
-            parts.append(found.reshape(len(x), -1))
+        return self.of_rows(*self.columns.rows_of(x))
+
+    def of_rows(self, numbers: np.ndarray, codes: np.ndarray | None = None) -> np.ndarray:
+        """The same of what `Columns.rows_of` gives."""
+        parts = [self._from_numbers(numbers)]
+        if codes is not None:
+            parts.append(self.trained["table"][codes].reshape(len(codes), -1))
         return np.hstack(parts)
 
     def _from_numbers(self, numbers: np.ndarray) -> np.ndarray:
@@ -177,7 +185,9 @@ def columns_of(
     )
 
 
-def stacked(columns: Columns, parameters: Any, numbers_bi: Any, codes_bq: Any) -> Any:
+def stacked(
+    columns: Columns, parameters: Any, numbers_bi: Any, codes_bq: Any = None
+) -> tuple[Any, Any]:
     """`Vectors` of K networks at once, in torch.
 
     Args:
@@ -187,12 +197,15 @@ def stacked(columns: Columns, parameters: Any, numbers_bi: Any, codes_bq: Any) -
         codes_bq: From `Columns.codes_of`.
 
     Returns:
-        (K, B, I).
+        The inputs in two: those before the first that is trained, (B, .), which all networks
+        share, and the others, (K, B, .).
     """
     import torch
 
     parts = []
+    fixed_bi = numbers_bi
     if columns.number_size:
+        fixed_bi = numbers_bi[:, :0]
         frequencies_kpf = parameters["frequencies"]
         k, p, f = frequencies_kpf.shape
         rows = len(numbers_bi)
@@ -207,12 +220,18 @@ def stacked(columns: Columns, parameters: Any, numbers_bi: Any, codes_bq: Any) -
         out = torch.relu(torch.baddbmm(biases, waves, weights))
         parts.append(out.view(k, p, rows, -1).transpose(1, 2).reshape(k, rows, -1))
         parts.append(numbers_bi[:, p:].expand(k, -1, -1))
-    else:
-        k = parameters["table"].shape[0]
-        parts.append(numbers_bi.expand(k, -1, -1))
     if columns.categories.size:
-        parts.append(parameters["table"][:, codes_bq].flatten(2))
-    return torch.cat(parts, dim=2)
+        table_kve = parameters["table"]
+        k, v, e = table_kve.shape
+        # A place's vectors side by side, so that one look-up, and one sum of its gradients, is of
+        # all networks.
+        looked = torch.nn.functional.embedding(codes_bq, table_kve.transpose(0, 1).reshape(v, -1))
+        parts.append(
+            looked.view(*codes_bq.shape, k, e)
+            .permute(2, 0, 1, 3)
+            .reshape(k, -1, looked.shape[1] * e)
+        )
+    return fixed_bi, parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def scaling_of(x: np.ndarray) -> Scaling:

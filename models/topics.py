@@ -59,6 +59,13 @@ def sklearn_kmeans(*, clusters: int, seed: int, restarts: int) -> Any:
     return KMeans(clusters, n_init=restarts, random_state=seed)
 
 
+def sklearn_hdbscan(*, least: int) -> Any:
+    """An untrained HDBSCAN; another of the same argument may take its place in `topics`."""
+    from sklearn.cluster import HDBSCAN
+
+    return HDBSCAN(min_cluster_size=least, copy=True)
+
+
 def topics(
     texts: Sequence[str],
     embeddings: np.ndarray,
@@ -70,6 +77,7 @@ def topics(
     least: int = 10,
     seed: int = 0,
     kmeans: Callable[..., Any] = sklearn_kmeans,
+    hdbscan: Callable[..., Any] = sklearn_hdbscan,
 ) -> tuple[np.ndarray, list[Topic]]:
     """Groups texts.
 
@@ -84,6 +92,7 @@ def topics(
         least: Of HDBSCAN.
         seed: Of k-means' starts.
         kmeans: Makes what groups by "kmeans"; cuML's computes on a GPU.
+        hdbscan: The same for "hdbscan".
 
     Returns:
         (n,) int64 topic numbers, and the topics by number, -1 last.
@@ -103,7 +112,11 @@ def topics(
             "and 2 or more"
         )
     x = _centred(embeddings, languages)
-    found = _ordered(_grouped(x, method, groups, least, seed, kmeans))
+    if method == "kmeans":
+        grouped = kmeans(clusters=groups, seed=seed, restarts=5).fit(x).labels_
+    else:
+        grouped = hdbscan(least=least).fit(_fewer(x, seed)).labels_
+    found = _ordered(grouped)
     numbers = [*range(found.max() + 1), *([-1] if (found == -1).any() else [])]
     named = distinctive_terms(texts, found, numbers)
     return found, [
@@ -151,18 +164,11 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return found
 
 
-def _grouped(
-    x: np.ndarray, method: str, groups: int, least: int, seed: int, kmeans: Callable[..., Any]
-) -> np.ndarray:
-    from sklearn.cluster import HDBSCAN
+def _fewer(x: np.ndarray, seed: int) -> np.ndarray:
     from sklearn.decomposition import PCA
 
-    if method == "kmeans":
-        found: np.ndarray = kmeans(clusters=groups, seed=seed, restarts=5).fit(x).labels_
-        return found
-    fewer = PCA(min(_COMPONENTS, *x.shape), random_state=seed).fit_transform(x)
-    density: np.ndarray = HDBSCAN(min_cluster_size=least, copy=True).fit_predict(fewer)
-    return density
+    found: np.ndarray = PCA(min(_COMPONENTS, *x.shape), random_state=seed).fit_transform(x)
+    return found
 
 
 def _ordered(found: np.ndarray) -> np.ndarray:

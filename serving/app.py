@@ -30,7 +30,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster import ports
-from models.registry import Registry, RegistryError
+from models.registry import Registry
+from models.registry_connection import RegistryError
 from serving import haproxy
 from serving.access import AccessFiles
 from serving.gate import Gate

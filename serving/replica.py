@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from models.encoding import Encoder
-from models.registry import Card, Registry, RegistryError
+from models.registry import Registry
+from models.registry_connection import RegistryError
+from models.registry_versions import Card
 from models.scoring import Scorer
 from serving.batching import Batcher
 from serving.online import StoreError, Stores

@@ -16,7 +16,9 @@ import numpy as np
 import polars as pl
 
 from models import sentiment, sentiment_explain
-from models.registry import Card, Registry, RegistryError
+from models.registry import Registry
+from models.registry_connection import RegistryError
+from models.registry_versions import Card
 from models.sentiment_engines import Engine, torch_engine
 from models.text import clean
 from serving.schema import Problem, RequestError

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from cluster import bootstrap, local, ports, session
+from cluster.node import BootstrapError, read
 from cluster.notice import notice
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,21 +68,21 @@ def metadata() -> Iterator[str]:
 
 def test_names_every_variable_that_is_missing() -> None:
     with pytest.raises(
-        bootstrap.BootstrapError,
+        BootstrapError,
         match=r"head needs LIFTYARD_RAY_PORT, LIFTYARD_DASK_PORT, RAY_AUTH_TOKEN_PATH, "
         r"RAY_TLS_CA_CERT, RAY_TLS_SERVER_CERT, RAY_TLS_SERVER_KEY: see infra/README",
     ):
         told = {**TOLD, "RAY_AUTH_MODE": "token", "RAY_USE_TLS": "1", "LIFTYARD_RAY_PORT": ""}
         del told["LIFTYARD_DASK_PORT"]
-        bootstrap.read("head", told)
-    with pytest.raises(bootstrap.BootstrapError, match="LIFTYARD_CPUS='two': a number"):
-        bootstrap.read("worker", {**TOLD, "LIFTYARD_CPUS": "two"})
+        read("head", told)
+    with pytest.raises(BootstrapError, match="LIFTYARD_CPUS='two': a number"):
+        read("worker", {**TOLD, "LIFTYARD_CPUS": "two"})
 
 
 def test_commands_of_head_and_worker() -> None:
-    head = bootstrap.command(bootstrap.read("head", TOLD))
+    head = bootstrap.command(read("head", TOLD))
     assert {"--head", "--port=6379", "--dashboard-port=8265", "--block"} <= set(head)
-    worker = bootstrap.command(bootstrap.read("worker", {**TOLD, "LIFTYARD_GPUS": "2"}))
+    worker = bootstrap.command(read("worker", {**TOLD, "LIFTYARD_GPUS": "2"}))
     assert {"--address=head.internal:6379", "--num-gpus=2", "--block"} <= set(worker)
     assert not any(part.startswith(("--num-cpus", "--head")) for part in worker)
 
@@ -95,7 +96,7 @@ def test_waits_for_secrets_then_for_the_head(tmp_path: Path) -> None:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
     }
-    node = bootstrap.read("worker", told)
+    node = read("worker", told)
     assert "RAY_AUTH_TOKEN_PATH" in str(bootstrap.lacking(node, told))
     token.write_text("a" * 64)
     assert "the head at 127.0.0.1" in str(bootstrap.lacking(node, told))
@@ -104,7 +105,7 @@ def test_waits_for_secrets_then_for_the_head(tmp_path: Path) -> None:
 
 
 def test_a_notice_is_seen(metadata: str) -> None:
-    node = bootstrap.read("head", {**TOLD, "LIFTYARD_METADATA_URL": metadata})
+    node = read("head", {**TOLD, "LIFTYARD_METADATA_URL": metadata})
     assert notice(metadata) is None
     Metadata.answers["autoscaling/target-lifecycle-state"] = "Terminated"
     assert notice(metadata) == "its group's target is Terminated"

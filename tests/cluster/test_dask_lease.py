@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.dask_lease import Lease, LeaseError, lease, map_partitions
+from cluster.dask_lease import Lease, lease, map_partitions
+from cluster.dask_placement import LeaseError
 from cluster.session import connect
 
 

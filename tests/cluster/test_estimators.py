@@ -66,6 +66,39 @@ def test_kmeans_finds_clusters_that_are_there(device: Device) -> None:
     assert fitted.inertia_ == pytest.approx(2 * 900, rel=0.15)
 
 
+def blobs(outliers: int) -> tuple[np.ndarray, np.ndarray]:
+    """(900 + outliers, 2) float32 and their groups, -1 for an outlier; none is near another."""
+    rng = np.random.default_rng(6)
+    centers = np.array([[0, 0], [8, 0], [0, 8]], dtype=np.float32)
+    truth = np.repeat([0, 1, 2], 300)
+    x = centers[truth] + rng.normal(size=(900, 2))
+    far = 30 * np.arange(1, outliers + 1)[:, None] * np.ones(2)
+    return np.concatenate([x, far]).astype(np.float32), np.append(truth, [-1] * outliers)
+
+
+def test_hdbscan_finds_groups_that_are_there_and_leaves_outliers(device: Device) -> None:
+    x, truth = blobs(outliers=4)
+    found = estimators.hdbscan(device, least=40).fit(x).labels_
+    assert (found[truth == -1] == -1).all()
+    kept = found >= 0
+    assert kept.mean() > 0.9
+    assert adjusted_rand_score(truth[kept], found[kept]) > 0.99
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("least", [5, 40])
+def test_hdbscan_groups_on_a_gpu_as_on_the_cpu(least: int) -> None:
+    if choose("auto").kind != "cuda":
+        pytest.skip(f"needs CUDA: {choose('auto').reason}")
+    x, _ = blobs(outliers=4)
+    ours, theirs = (
+        estimators.hdbscan(choose(kind), least=least).fit(x).labels_ for kind in ("cuda", "cpu")
+    )
+    assert isinstance(ours, np.ndarray)
+    # Few rows at an edge may differ, where distances in float32 tie.
+    assert adjusted_rand_score(theirs, ours) > 0.98
+
+
 @pytest.mark.parametrize("strength", [0.1, 50.0])
 def test_logistic_minimises_the_stated_loss(
     device: Device, strength: float, rows: tuple[np.ndarray, np.ndarray]

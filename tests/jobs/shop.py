@@ -50,6 +50,7 @@ targets:
     label: {event: answers, keys: [customer, mailing], time: at, until: ends}
     split: {validate_from: 2024-03-10, test_from: 2024-04-10}
 sweep:
+  refit: 2
   families:
     boosting: {packs: 2, pack_size: 2, settings: {rounds: [5, 10], l2: {min: 0.5, max: 5.0}}}
     forest: {packs: 1, pack_size: 2, settings: {trees: [5, 10], depth: 3}}

@@ -86,6 +86,10 @@ def test_a_missing_file_is_named(tmp_path):
         ("trees: [5, 10], depth: 3", "tree: [5, 10]", r"'tree' isn't a setting of 'forest'"),
         ("network: {packs: 1,", "network: {packs: 0,", r"sweep.families.network.packs: got 0"),
         ("sweep:\n", "sweep:\n  folds: 1\n", r"folds 1: give 2 or more, or 0"),
+        ("sweep:\n", "sweep:\n  gpus: 1.5\n", r"gpus 1.5: give a share of one GPU, or a whole"),
+        ("trees: [5, 10], depth: 3", "trees: [5, some]", r"'trees' of 'forest' is 'some'; give"),
+        ("settings: {width: 8,", "settings: {precision: bf16, width: 8,",
+         r"'precision' of 'network' is 'bf16'; allowed: auto, 32, bf16-mixed"),
     ],
 )  # fmt: skip
 def test_a_target_or_sweep_that_does_not_fit_is_told(

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster import storage
-from jobs.config import Table
+from jobs.config_tables import Table
 from jobs.ingest import SchemaError, SourceError, ingest
 
 COLUMNS = {"customer": "int64", "amount": "float64"}

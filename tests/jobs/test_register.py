@@ -84,6 +84,45 @@ def test_the_best_together_beat_the_best_alone_and_score_as_they_were_tested(
     assert calibrated.variant.get("calibration") in (None, "platt", "isotonic")
 
 
+def test_what_was_chosen_is_trained_once_more_on_all_rows(
+    frame: pl.DataFrame,
+    matrices: Matrices,
+    outcomes: list[Outcome],
+    registry: Registry,
+    tmp_path: Path,
+) -> None:
+    said = [FeatureColumn(name=name, description=name, unit="") for name in NAMES]
+
+    boosters = [outcome for outcome in outcomes if outcome.variant["family"] == "boosting"]
+    done, again = (
+        register(
+            "target",
+            boosters,
+            frame,
+            matrices,
+            said,
+            registry,
+            baseline_features=(),
+            data_version="training/target@0",
+            seed=1,
+            git_revision="0a1b2c3",
+            evaluation=tmp_path / "evaluation.json",
+            together=2,
+            calibrate=True,
+            refit=seeds,
+        )
+        for seeds in (0, 2)
+    )
+    # What validation decides, it decides before it trains anything.
+    assert again.variant == {**done.variant, "refit": 2}
+    assert again.valid_score == done.valid_score
+    _, first = registry.load("target", done.model_version)
+    _, second = registry.load("target", again.model_version)
+    test_rows = frame.filter(pl.col(SPLIT) == "test")
+    assert auc(matrices.y["test"], second.score(test_rows)) == again.test["auc"]
+    assert not np.array_equal(second.score(test_rows), first.score(test_rows))
+
+
 def test_a_loss_as_the_metric(
     frame: pl.DataFrame,
     matrices: Matrices,

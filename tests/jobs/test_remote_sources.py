@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from cluster import storage
-from jobs.config import Table
+from jobs.config_tables import Table
 from jobs.ingest import SourceError, ingest
 from jobs.validate import validate
 

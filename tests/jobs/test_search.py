@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 from pydantic import ValidationError
 
-from jobs.config import Sweep
+from jobs.config_sweep import Sweep
 from jobs.search import SETTINGS, Learned, SearchError, draw, most, variants
 from jobs.sweep import Outcome
 from models.families import Variant, packs
@@ -45,6 +45,18 @@ def test_settings_stay_in_their_space() -> None:
     assert {variant["l2"] for variant in found} == {1.5}
     # Six distinct ones are all that the space holds.
     assert len(found) == 6
+
+
+def test_words_are_drawn_and_patience_is_each_network_s_own() -> None:
+    settings = {"patience": [1, 2], "precision": ["32", "bf16-mixed"], "learning_rate": 0.01}
+    space = {"network": {"packs": 20, "pack_size": 2, "settings": settings}}
+    for sampler in ("random", "grid"):
+        declared = Sweep.model_validate({"families": space, "sampler": sampler}).families
+        found = draw(declared, 3, sampler)
+        assert {each["precision"] for each in found} == {"32", "bf16-mixed"}
+        assert sorted(len(pack) for pack in packs(found)) == [2, 2]
+        for pack in packs(found):
+            assert {each["patience"] for each in pack} == {1, 2}
 
 
 def test_a_grid_is_every_combination_and_takes_no_ranges() -> None:

@@ -80,6 +80,7 @@ def test_the_head_is_trained_tested_registered_and_described(root: Path, tmp_pat
     assert found["metrics"]["macro_f1"] > 0.8
     assert found["metrics"]["rows.language_en"] == found["rows"]["test"]
     assert len(found["topics"]) == 3
+    assert found["topics_engine"] == "kmeans of scikit-learn on cpu (gpus: 0)"
     assert {each["label"] for each in found["examples"]} == set(sentiment.LABELS)
     # A finished run isn't done again; another registers a challenger or a champion.
     assert job.run(quick, run, registry, root=root) == found
@@ -258,6 +259,12 @@ def test_a_file_that_says_what_is_not_allowed(tmp_path: Path) -> None:
     path.write_text("texts: [{path: a.csv}]\nmode: head\nworkers: 2\n")
     with pytest.raises(ConfigError, match="mode head takes one"):
         read(path, SentimentTraining)
+    dense = "texts: [{path: a.csv}]\ntopics: {method: hdbscan, least: 2000}\n"
+    path.write_text(dense + "gpus: 1\n")
+    with pytest.raises(ConfigError, match=r"least 2000: HDBSCAN on a GPU takes at most 1024"):
+        read(path, SentimentTraining)
+    path.write_text(dense)
+    assert read(path, SentimentTraining).topics.least == 2000
     path.write_text("texts: [{path: a.csv}]\nepochs: 2\n")
     assert read(path, SentimentTraining).settings(smoothing=0.1).epochs == 2.0
     assert read(path, SentimentTraining).settings(smoothing=0.1).smoothing == 0.1

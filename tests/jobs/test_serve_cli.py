@@ -47,6 +47,11 @@ def test_a_faulty_file_is_told_by_its_line(tmp_path: Path) -> None:
         ("models:\n  lapse:\n    canary: 2\n", "serve.yaml:3: models.lapse.canary"),
         ("port: 80\nmodels:\n  lapse: {shadow: true}\n", "serve.yaml:2: models: lapse: shadow"),
         ("models:\n  a: {aliases: [b]}\n  b:\n", "the alias 'b' is another's"),
+        ("port: 80\nreplicas: 0\n", "serve.yaml:2: replicas: got 0"),
+        ("gpus: 1.5\n", "serve.yaml:1: gpus: got 1.5; a replica takes a share of a GPU"),
+        ("models:\n  lapse:\n    replicas: none\n", "serve.yaml:3: models.lapse.replicas"),
+        ("models:\n  lapse: {gpus: 1}\n", "serve.yaml:2: models.lapse: gpus are those of replicas"),
+        ("models:\n  a b: {replicas: 1}\n", "need a name of letters, digits"),
     ):
         file.write_text(text)
         assert reason in told(CliRunner().invoke(app, ["serve", str(file)]))
@@ -71,6 +76,16 @@ def test_serve_applies_a_file_and_what_changed_of_it(tmp_path: Path) -> None:
 
         url = serve().removeprefix("serves at ").strip()
         assert "nothing to change" in serve()
+        words = ["serve", str(file), *home]
+        for other, reason in (
+            (
+                "{lapse: }\ngpus: 0.5",
+                "serve.yaml:4: gpus: 0.5 is asked for, and the cluster has no",
+            ),
+            ("{lapse: {version: 9}}", "serve.yaml:3: models.lapse.version: "),
+        ):
+            file.write_text(text.replace("{lapse: }", other))
+            assert reason in told(CliRunner().invoke(app, words))
         file.write_text(text + "limits: {rows: 1}\n")
         assert f"{url}: changed settings.limits.rows" in serve()
         headers = {"authorization": f"Bearer {key}"}

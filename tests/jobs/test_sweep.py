@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +15,12 @@ import xgboost
 
 from cluster import session
 from jobs import sweep
-from jobs.config import Sweep
+from jobs.config_sweep import Sweep
 from jobs.refit import refit
 from jobs.search import Learned
 from models import clustering, families
 from models.families import Fitted, TrainingData, Variant
-from models.metrics import auc
+from models.metrics import METRICS, auc
 
 VARIANTS = [
     *({"family": "boosting", "rounds": r, "depth": d} for d in (2, 3) for r in (5, 20)),
@@ -309,11 +310,56 @@ def test_models_are_trained_again_as_they_were(
         assert auc(data.y_valid, each.predict(data.x_valid)) == outcome.score
 
 
+PATIENT = [
+    {"family": "boosting", "rounds": 200, "depth": 3, "learning_rate": 0.3, "patience": 20},
+    *(
+        {"family": "network", "epochs": 20, "learning_rate": 0.02, "patience": patience}
+        for patience in (2, 4)
+    ),
+]
+
+
+def test_what_patience_chose_is_chosen_again_by_the_same_metric(
+    tmp_path: Path, data: TrainingData, pair: sweep.Pool
+) -> None:
+    train = partial(sweep.train_pack, metric="log_loss")
+    outcomes = sweep.run(PATIENT, data, journal=tmp_path / "journal", on=pair, train=train)
+    fitted = sweep.fit(PATIENT, data, on=pair, metric="log_loss")
+    by_auc = sweep.fit(PATIENT, data, on=pair)
+    for outcome, each in zip(outcomes, fitted, strict=True):
+        assert outcome.curve == [list(point) for point in each.curve]
+        assert outcome.curve[-1][0] < outcome.variant.get("rounds", outcome.variant.get("epochs"))
+        scored = METRICS["log_loss"].score(data.y_valid, each.predict(data.x_valid))
+        assert outcome.score == scored
+        assert scored == pytest.approx(max(value for _, value in outcome.curve), abs=1e-6)
+    # AUC goes on rising when the loss doesn't fall any more.
+    scores = [METRICS["log_loss"].score(data.y_valid, each.valid_scores) for each in by_auc]
+    assert min(own.score - other for own, other in zip(outcomes, scores, strict=True)) >= 0
+    assert max(own.score - other for own, other in zip(outcomes, scores, strict=True)) > 1e-3
+
+
+def test_a_network_that_stopped_is_trained_on_all_rows_for_its_best_epochs(
+    data: TrainingData, pair: sweep.Pool
+) -> None:
+    stopped, whole = PATIENT[1], {"family": "network", "epochs": 2}
+    chosen = sweep.fit([stopped, whole], data, on=pair)
+    epochs = max(chosen[0].curve, key=lambda point: (point[1], -point[0]))[0]
+    assert epochs < len(chosen[0].curve) < 20
+    x, y = np.concatenate([data.x_train, data.x_valid]), np.append(data.y_train, data.y_valid)
+    every = TrainingData(x_train=x, y_train=y, x_valid=data.x_valid, y_valid=data.y_valid)
+    wanted = [{**stopped, "patience": 0, "epochs": epochs}, whole]
+    for again, variant in zip(
+        refit(chosen, data, fit=partial(sweep.fit, on=pair)), wanted, strict=True
+    ):
+        (alone,) = families.FAMILIES["network"]([variant], every)
+        np.testing.assert_allclose(again.predict(x), alone.predict(x), atol=1e-6)
+
+
 def test_what_was_chosen_is_trained_on_all_rows(data: TrainingData, pair: sweep.Pool) -> None:
     stopped = {"family": "boosting", "rounds": 300, "depth": 3, "patience": 20}
     forest = {"family": "forest", "trees": 5, "depth": 3}
     chosen = sweep.fit([stopped, forest], data, on=pair)
-    again = refit(chosen, data, on=pair)
+    again = refit(chosen, data, fit=partial(sweep.fit, on=pair))
     x, y = np.concatenate([data.x_train, data.x_valid]), [*data.y_train, *data.y_valid]
     rounds = max(chosen[0].curve, key=lambda point: (point[1], -point[0]))[0]
     assert rounds < 280
@@ -330,3 +376,20 @@ def test_what_was_chosen_is_trained_on_all_rows(data: TrainingData, pair: sweep.
     whole = TrainingData(x_train=x, y_train=np.array(y), x_valid=x, y_valid=np.array(y))
     (wanted,) = families.FAMILIES["forest"]([forest], whole)
     assert (again[1].predict(x) == wanted.predict(x)).all()
+
+
+def test_the_mean_of_seeds(data: TrainingData, pair: sweep.Pool) -> None:
+    drawn = {"family": "boosting", "rounds": 10, "depth": 3, "row_share": 0.5, "seed": 4}
+    certain = {"family": "logistic", "l2": 1.0}
+    fit = partial(sweep.fit, on=pair)
+    chosen = fit([drawn, certain], data)
+    mean, same = refit(chosen, data, fit=fit, seeds=3)
+    parts = [
+        refit([replace(chosen[0], variant={**drawn, "seed": seed})], data, fit=fit)[0]
+        for seed in (4, 1004, 2004)
+    ]
+    x = data.x_valid
+    expected = np.mean([part.predict(x) for part in parts], axis=0)
+    np.testing.assert_allclose(mean.predict(x), expected, rtol=1e-12)
+    assert np.abs(parts[0].predict(x) - parts[1].predict(x)).max() > 1e-3
+    assert (same.predict(x) == refit(chosen[1:], data, fit=fit)[0].predict(x)).all()

@@ -12,6 +12,7 @@ from models.families import (
     TrainingData,
     TrainingDataError,
     VariantError,
+    cost,
     packs,
 )
 
@@ -115,7 +116,7 @@ def test_network_equals_plain_torch_with_adamw(data):
 def test_boosting_is_what_plain_xgboost_trains(data):
     variant = {"rounds": 30, "depth": 4, "row_share": 0.7, "feature_share": 0.6, "seed": 9}
     longer = {**variant, "rounds": 45}
-    (packed, _) = boosting.fit_pack([variant, longer], data)
+    packed, long = boosting.fit_pack([variant, longer], data)
     plain = xgboost.train(
         {
             "objective": "binary:logistic",
@@ -133,8 +134,35 @@ def test_boosting_is_what_plain_xgboost_trains(data):
         num_boost_round=30,
     )
     np.testing.assert_array_equal(packed.valid_scores, plain.predict(xgboost.DMatrix(data.x_valid)))
-    steps = [step for step, _ in packed.curve]
-    assert steps == [10, 20]
+    assert [step for step, _ in packed.curve] == [10, 20, 30]
+    assert packed.curve[-1][1] == metrics.auc(data.y_valid, packed.valid_scores)
+    (alone,) = boosting.fit_pack([longer], data)
+    assert long.curve == alone.curve
+
+
+def test_boosting_by_leaves_is_what_plain_xgboost_grows(data):
+    variant = {"rounds": 20, "depth": 0, "leaves": 12, "seed": 2}
+    (ours,) = boosting.fit_pack([variant], data)
+    plain = xgboost.train(
+        {
+            "objective": "binary:logistic",
+            "nthread": 1,
+            "max_bin": 64,
+            "seed": 2,
+            "learning_rate": 0.1,
+            "grow_policy": "lossguide",
+            "max_depth": 0,
+            "max_leaves": 12,
+        },
+        xgboost.QuantileDMatrix(data.x_train, data.y_train, max_bin=64),
+        num_boost_round=20,
+    )
+    np.testing.assert_array_equal(ours.valid_scores, plain.predict(xgboost.DMatrix(data.x_valid)))
+    leaves = plain.trees_to_dataframe().query("Feature == 'Leaf'").groupby("Tree").size()
+    assert leaves.max() == 12
+    assert cost([{"family": "boosting", **variant}]) < cost(
+        [{"family": "boosting", **variant, "leaves": 500}]
+    )
 
 
 def test_a_held_booster_goes_on_to_the_same_bits(data):
@@ -220,6 +248,8 @@ def test_settings_are_refused_by_name(data):
         boosting.fit_pack([{"round": 5}], data)
     with pytest.raises(VariantError, match="'trees' of 'forest' is 0; give 1 or more"):
         forest.fit_pack([{"trees": 0}], data)
+    with pytest.raises(VariantError, match="'depth' of 'boosting' is 0; give 1 or more"):
+        boosting.fit_pack([{"depth": 0}], data)
     with pytest.raises(VariantError, match=r"'width' of 'network' is 8\.0; give a whole number"):
         network.fit_pack([{"width": 8.0}], data)
     with pytest.raises(VariantError, match="given to 'forest'"):

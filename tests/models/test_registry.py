@@ -19,7 +19,10 @@ import pytest
 
 from models.encoding import Encoder
 from models.families import FAMILIES, TrainingData
-from models.registry import Card, Registry, RegistryError, Trial
+from models.registry import Registry
+from models.registry_connection import RegistryError
+from models.registry_sweeps import Trial
+from models.registry_versions import Card
 from models.scoring import Scorer
 
 ROOT = Path(__file__).parents[2]
@@ -419,18 +422,20 @@ def test_a_learning_curve_and_the_cost_are_shown_by_mlflow(
 
     curve = [[10, 0.6], [20, 0.7], [40, 0.68]]
     with registry.sweep(name, run_name="r1", params={}, tags={}) as log:
-        log.add([replace(trial(40), curve=curve, cpu_s=1.25)])
+        log.add([replace(trial(40), curve=curve, cpu_s=1.25, ran={"device": "cpu"})])
     _, (run,) = children(uri, name, "r1")
     points = MlflowClient(uri).get_metric_history(run.info.run_id, "curve_valid_auc")
     assert [[point.step, point.value] for point in points] == curve
     assert run.data.metrics["curve_valid_auc"] == 0.68
     assert run.data.metrics["cpu_seconds"] == 1.25
+    assert run.data.tags["ran_device"] == "cpu"
     assert run.info.artifact_uri.endswith(f"{run.info.run_id}/artifacts")
 
 
 KILLED = """
 import os, signal, sys, time
-from models.registry import Registry, Trial
+from models.registry import Registry
+from models.registry_sweeps import Trial
 registry = Registry(sys.argv[1])
 def trial(rounds):
     variant = {"family": "boosting", "rounds": rounds}
@@ -509,7 +514,8 @@ def test_what_cannot_be_written_is_raised_at_the_end(
 
 AT_ONCE = """
 import sys
-from models.registry import Registry, Trial
+from models.registry import Registry
+from models.registry_sweeps import Trial
 registry = Registry("sqlite:///new/mlflow.db")
 with registry.sweep("both", run_name=sys.argv[1], params={}, tags={}) as log:
     for n in range(20):

@@ -45,14 +45,29 @@ def test_topics_are_found_across_languages_and_named(method: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_kmeans_on_either_device_finds_the_same_topics(kind: str) -> None:
+@pytest.mark.parametrize("method", ["kmeans", "hdbscan"])
+def test_either_device_finds_the_same_topics(method: str, kind: str) -> None:
     if kind == "cuda" and choose("auto").kind != "cuda":
         pytest.skip(f"needs CUDA: {choose('auto').reason}")
     texts, x, _, languages = corpus()
-    ours, _ = topics(texts, x, languages=languages, groups=3)
-    made = partial(estimators.kmeans, choose(kind))
-    theirs, _ = topics(texts, x, languages=languages, groups=3, kmeans=made)
+    ours, _ = topics(texts, x, languages=languages, method=method, groups=3)
+    made = {method: partial(getattr(estimators, method), choose(kind))}
+    theirs, _ = topics(texts, x, languages=languages, method=method, groups=3, **made)
     np.testing.assert_array_equal(theirs, ours)
+
+
+@pytest.mark.parametrize("method", ["kmeans", "hdbscan"])
+def test_what_is_given_groups_by_its_method_alone(method: str) -> None:
+    texts, x, _, languages = corpus()
+    asked: list[str] = []
+
+    def recorded(name: str, **how: object) -> object:
+        asked.append(name)
+        return getattr(estimators, name)(choose("cpu"), **how)
+
+    given = {name: partial(recorded, name) for name in ("kmeans", "hdbscan")}
+    topics(texts, x, languages=languages, method=method, groups=3, **given)
+    assert asked == [method]
 
 
 def test_without_languages_it_groups_by_language() -> None:

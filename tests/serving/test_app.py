@@ -20,7 +20,8 @@ import pytest
 from cluster import ports, session
 from models.encoding import Encoder
 from models.families import FAMILIES, TrainingData
-from models.registry import Card, Registry
+from models.registry import Registry
+from models.registry_versions import Card
 from models.scoring import Scorer
 from serving import app, arrow
 
