@@ -8,7 +8,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from models.families import FAMILIES, Variant, cost
@@ -106,6 +106,8 @@ class Pack:
     bracket: int | None = None
     # Its curve up to the last rung, while it waits there.
     waits: list[Outcome] | None = None
+    # What it had waited with at the rung that it passed last: what it has cost up to there.
+    passed: Sequence[Outcome] = ()
     outcomes: list[Outcome] | None = None
     actor: Any = None
 
@@ -185,6 +187,12 @@ class Board:
 
     def add(self, pack: Pack, outcomes: list[Outcome]) -> None:
         """Takes what an actor made of a pack."""
+        for at, before in enumerate(pack.passed):
+            seconds, cpu_s = (
+                outcomes[at].seconds + before.seconds,
+                outcomes[at].cpu_s + before.cpu_s,
+            )
+            outcomes[at] = replace(outcomes[at], seconds=seconds, cpu_s=cpu_s)
         if any(outcome.pruned_at is not None for outcome in outcomes):
             pack.waits = outcomes
         else:
@@ -256,7 +264,7 @@ class Board:
             assert pack.waits is not None
             if pack in kept:
                 pack.rungs.popleft()
-                pack.waits = None
+                pack.passed, pack.waits = pack.waits, None
                 self._going_on.append(pack)
             else:
                 self._end(pack, pack.waits)

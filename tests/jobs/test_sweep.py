@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -168,6 +169,30 @@ def test_halving_goes_on_where_it_stopped_and_is_the_same_with_any_workers(
     for each, alone in zip(one, whole, strict=True):
         if each.pruned_at is None:
             assert each.score == alone.score
+
+
+def test_a_variant_costs_what_it_took_up_to_every_rung(
+    tmp_path: Path, data: TrainingData, pair: sweep.Pool
+) -> None:
+    def train(pack: Sequence[Variant], data: TrainingData, **how: Any) -> list[sweep.Outcome]:
+        (variant,), done, until = pack, how["held"].pop("done", 0), how["until"]
+        rounds = until or variant["rounds"]
+        if until:
+            how["held"]["done"] = rounds
+        return [
+            sweep.Outcome(
+                variant=dict(variant), score=float(variant["place"]), seconds=float(rounds - done),
+                cpu_s=(rounds - done) / 2, curve=[[rounds, variant["place"]]], pruned_at=until,
+            )
+        ]  # fmt: skip
+
+    variants = [{"family": "boosting", "rounds": 40, "place": place} for place in range(5)]
+    ended = sweep.run(
+        variants, data, journal=tmp_path / "journal", on=pair, halving=HALVING, train=train
+    )
+    assert [each.pruned_at for each in ended] == [5, 5, 5, 15, None]
+    assert [each.seconds for each in ended] == [5, 5, 5, 15, 40]
+    assert [each.cpu_s for each in ended] == [2.5, 2.5, 2.5, 7.5, 20]
 
 
 def test_a_halved_sweep_resumes_to_the_same_end(
