@@ -59,7 +59,17 @@ def serve(
         ):
             if restart:
                 serving.stop()
-            done = serving.apply(wanted, listener, cpus=said.cpus, timeout_s=timeout)
+            try:
+                done = serving.apply(
+                    wanted,
+                    listener,
+                    replicas=said.replicas,
+                    cpus=said.cpus,
+                    gpus=said.gpus,
+                    timeout_s=timeout,
+                )
+            except ServingError as error:
+                raise ServingError(f"{pipeline_file.place(file, error.key)}{error}") from error
     if done.changed is None:
         console.print(f"serves at {done.url}", soft_wrap=True)
     elif done.changed:

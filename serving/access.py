@@ -1,4 +1,4 @@
-"""Who may ask: API keys, hashed at rest, and an issuer's tokens; rates. Knows nothing of HTTP.
+"""Who may ask: API keys, hashed at rest, and an issuer's tokens. Knows nothing of HTTP.
 
 A key is `ly_<name>_<secret>`. The keys file holds SHA-256 digests of the secrets, which are 256
 random bits, so that a slow hash would add nothing. A replica reads the keys and the policy again
@@ -27,7 +27,8 @@ class Denied(ValueError):
     """A request that isn't allowed.
 
     Attributes:
-        status: 401 without a valid key or token, 403 without the right, 429 over the rate.
+        status: 401 without a valid key or token, 403 without the right, 429 over the rate, 503
+            where rates can't be counted.
         who: Who asked, or None where it isn't known.
         retry_after_s: Where waiting helps, whole seconds.
     """
@@ -199,8 +200,6 @@ class Access:
         # What was sent and found good: until it expires.
         self._good: dict[str, tuple[Asker, float]] = {}
         self._published: Any = None
-        # Per asker: requests left, and when that was.
-        self._buckets: dict[str, tuple[float, float]] = {}
         self.reload()
 
     def reload(self) -> None:
@@ -244,10 +243,12 @@ class Access:
             models = model is not None and self._policy.allows(role, action)
             reason = f"{action} with model {model!r}" if models else action
             raise Denied(403, f"the role {role!r} may not {reason}", who=who)
-        may = self._policy.roles[role]
-        if may.requests_per_s is not None:
-            self._take(who, may.requests_per_s, may.burst)
         return asker
+
+    def rate(self, role: str) -> tuple[float, int] | None:
+        """Requests a second, and how many at once; None where the role has no rate."""
+        may = self._policy.roles[role]
+        return None if may.requests_per_s is None else (may.requests_per_s, may.burst)
 
     def may(self, role: str, action: str, model: str | None, field: str = "") -> bool:
         """Whether the role may do this too, or be shown this field; counts on no rate."""
@@ -292,18 +293,6 @@ class Access:
                 assert stored is not None, "only a stored key matches"
                 return Asker(name, stored["role"]), until
         raise Denied(401, "the API key isn't known; ask for a new one")
-
-    def _take(self, who: str, per_s: float, burst: int) -> None:
-        now = time.monotonic()
-        left, then = self._buckets.get(who, (float(burst), now))
-        left = min(float(burst), left + (now - then) * per_s)
-        if left < 1:
-            wait = max(1, round((1 - left) / per_s + 0.5))
-            self._buckets[who] = (left, now)
-            raise Denied(
-                429, f"over {per_s:g} requests a second; slow down", who=who, retry_after_s=wait
-            )
-        self._buckets[who] = (left - 1, now)
 
 
 def _by_token(tokens: Tokens, token: str) -> tuple[Asker, float]:

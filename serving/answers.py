@@ -8,11 +8,11 @@ status codes, which each way translates.
 import asyncio
 import logging
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial, update_wrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from serving import arrow, customers, schema, texts, traces
 from serving.access import Denied
 from serving.audit import AuditError
 from serving.explaining import explanations
+from serving.fleet import Away, Busy
 from serving.gate import Asked, Gate
 from serving.replica import Models, RefusedModel, Served, UnknownModel
 
@@ -28,6 +29,11 @@ log = logging.getLogger("ray.serve")
 
 # Makes a model's matrix of a request's rows, (n, p) float32; raises RequestError.
 Reader = Callable[[Served], np.ndarray]
+
+P = ParamSpec("P")
+
+# Of a model with replicas of its own, by name, which they are asked by others.
+QUESTIONS: dict[str, Callable[..., Awaitable["Answer"]]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +86,7 @@ async def guarded(
         await gate.keep(asked, answer.status, answer.told, asked.body)
     except (AuditError, OSError):
         answer = problem(503, "the audit log can't be written, so there is no answer")
-    gate.done(asked, answer.status, models.served)
+    gate.done(asked, answer.status, models)
     return answer
 
 
@@ -94,8 +100,10 @@ def refused(error: Exception, asked: Asked) -> Answer:
             return Answer(status=error.status, value=error.body())
         case UnknownModel() | texts.NoTextModel():
             return problem(404, str(error))
-        case RefusedModel():
+        case RefusedModel() | Away():
             return problem(503, str(error))
+        case Busy():
+            return problem(429, str(error), retry_after_s=1)
         case ExplainError():
             return problem(501, str(error))
         case TimeoutError():
@@ -111,26 +119,60 @@ def problem(status: int, detail: str, *, retry_after_s: int | None = None) -> An
 
 def of_rows(rows: list[Any]) -> Reader:
     """Reads rows by name of field, as `schema.parse` gives them."""
-    return lambda version: version.reader.matrix(rows)
+    return partial(_rows, rows)
 
 
 def of_json(models: Models, body: bytes) -> Reader:
     """Reads a JSON body's rows."""
-    most = models.settings.limits.rows
-    return lambda version: version.reader.decoded(body, max_rows=most)
+    return partial(_json, body, models.settings.limits.rows)
 
 
 def of_arrow(models: Models, stream: bytes) -> Reader:
     """Reads an Arrow stream's rows."""
-    most = models.settings.limits.rows
-    return lambda version: arrow.matrix(stream, version.scorer.encoder, max_rows=most)
+    return partial(_arrow, stream, models.settings.limits.rows)
 
 
-async def score(models: Models, asked: Asked, read: Reader, *, key: bytes | None = None) -> Answer:
+# Not closures, which another replica couldn't be sent.
+def _rows(rows: list[Any], version: Served) -> np.ndarray:
+    return version.reader.matrix(rows)
+
+
+def _json(body: bytes, most: int, version: Served) -> np.ndarray:
+    return version.reader.decoded(body, max_rows=most)
+
+
+def _arrow(stream: bytes, most: int, version: Served) -> np.ndarray:
+    return arrow.matrix(stream, version.scorer.encoder, max_rows=most)
+
+
+def by_its_replicas(
+    question: Callable[Concatenate[Models, Gate, Asked, P], Coroutine[Any, Any, Answer]],
+) -> Callable[Concatenate[Models, Gate, Asked, P], Coroutine[Any, Any, Answer]]:
+    """Has the replicas of the model that is asked about answer, where it has some of its own."""
+    QUESTIONS[question.__name__] = question
+
+    async def answered(
+        models: Models, gate: Gate, asked: Asked, /, *said: P.args, **how: P.kwargs
+    ) -> Answer:
+        if not models.away(asked.model):
+            return await question(models, gate, asked, *said, **how)
+        with traces.step("forward"):
+            answer: Answer = await gate.fleet.ask(question.__name__, asked, said, how)
+        return answer
+
+    update_wrapper(answered, question)
+    return answered
+
+
+@by_its_replicas
+async def score(
+    models: Models, gate: Gate, asked: Asked, read: Reader, *, key: bytes | None = None
+) -> Answer:
     """The scores of rows.
 
     Args:
         models: Those served.
+        gate: What the question has passed.
         asked: The question.
         read: Of the rows.
         key: What decides whether a canary answers; None takes the body.
@@ -147,8 +189,9 @@ async def score(models: Models, asked: Asked, read: Reader, *, key: bytes | None
     )
 
 
+@by_its_replicas
 async def score_arrow(
-    models: Models, asked: Asked, stream: bytes, *, key: bytes | None = None
+    models: Models, gate: Gate, asked: Asked, stream: bytes, *, key: bytes | None = None
 ) -> Answer:
     """The same of an Arrow stream's rows; the answer is a stream with the column `score`.
 
@@ -197,6 +240,7 @@ def _shadow(
     models.shadow.score(Path(settings.shadow_log), request, name, versions, scores_n, score)
 
 
+@by_its_replicas
 async def explain(models: Models, gate: Gate, asked: Asked, rows: list[Any]) -> Answer:
     """Why rows have their scores.
 
@@ -231,6 +275,7 @@ async def sentiment(models: Models, asked: Asked, said: list[str]) -> Answer:
     )
 
 
+@by_its_replicas
 async def customer_score(
     models: Models,
     gate: Gate,
@@ -268,10 +313,19 @@ async def customer_page(models: Models, gate: Gate, asked: Asked, customer: str)
     """What is known of a customer, with the scores that the asker may have.
 
     Raises:
-        RequestError: It can't be answered.
+        RequestError, Busy, Away: It can't be answered.
     """
     known = await asyncio.to_thread(customers.known, models.stores, customer, {}, None)
     scores: dict[str, Any] = {}
+    elsewhere = sorted(name for name in models.elsewhere if gate.may(asked, "score", name))
+    for name in elsewhere:
+        there = replace(asked, model=name, action="score")
+        answer = await customer_score(models, gate, there, customer, {}, None)
+        if answer.status == 200 and isinstance(answer.value, dict):
+            scores[name] = {part: answer.value[part] for part in ("version", "score")}
+        elif answer.status != 422:
+            # It doesn't lack features; without its score the page would be half of one.
+            return answer
     for name in models.served:
         served = models.pick(name, str(known.id).encode())
         missing = customers.missing(served, known)
@@ -296,22 +350,6 @@ async def customer_page(models: Models, gate: Gate, asked: Asked, customer: str)
             "customer": known.id,
         },
     )
-
-
-async def cards(models: Models) -> Answer:
-    """The cards of what is served, of challengers, and what was refused and why."""
-    return Answer(
-        value={
-            "models": [asdict(each.card) for each in models.served.values()],
-            "challengers": [asdict(each.card) for each in models.challengers.values()],
-            "refused": _refusals(models.refused),
-            "refused_challengers": _refusals(models.refused_challengers),
-        }
-    )
-
-
-def _refusals(by_model: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
-    return {name: {"version": v, "reason": reason} for name, (v, reason) in by_model.items()}
 
 
 def _seconds(deadline_ms: str) -> float:

@@ -3,10 +3,12 @@
 Knows nothing of YAML, or of how it is applied (`serving.app.apply`).
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,17 +26,40 @@ Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=1, le=65_535)]
 
 
+def _whole_above_one(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"got {gpus}; a replica takes a share of a GPU, up to 1, or whole ones")
+    return gpus
+
+
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
+
+# Models with replicas of their own are routed to by path and named in HAProxy's configuration.
+_PLAIN = re.compile(r"[A-Za-z0-9_-]+")
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Model(_Model):
-    """One model: which versions answer, and by which other names; see `settings.Rollout`."""
+    """One model: which versions answer, by which other names, and where; see `settings.Rollout`."""
 
     version: Count | None = None
     aliases: tuple[Annotated[str, Field(pattern=r"^[^/\s]+$")], ...] = ()
     canary: Share = 0.0
     shadow: bool = False
+    replicas: Count | None = None
+    gpus: Gpus = 0.0
+
+    @model_validator(mode="after")
+    def _gpus_of_its_own(self) -> "Model":
+        if self.gpus and self.replicas is None:
+            raise ValueError(
+                "gpus are those of replicas of its own: give `replicas` too, or `gpus` at the top "
+                "for what all share"
+            )
+        return self
 
 
 class Limits(_Model):
@@ -100,7 +125,9 @@ class Serve(_Model):
     host: Literal["127.0.0.1", "0.0.0.0"] = "127.0.0.1"
     port: Port | None = None
     grpc: Grpc | None = None
+    replicas: Count = 1
     cpus: Annotated[float, Field(gt=0)] = 1.0
+    gpus: Gpus = 0.0
     refresh_s: Annotated[float, Field(ge=0.1)] = 2.0
     shadow_log: str | None = None
     store: str | None = None
@@ -136,6 +163,10 @@ class Serve(_Model):
                 if alias in taken:
                     raise ValueError(f"{name}: the alias {alias!r} is another's name or alias")
                 taken.add(alias)
+            if model.replicas is not None and not _PLAIN.fullmatch(name):
+                raise ValueError(
+                    f"{name}: replicas of its own need a name of letters, digits, '_' and '-'"
+                )
             if model.shadow and info.data.get("shadow_log") is None:
                 raise ValueError(f"{name}: shadow needs shadow_log, the file for its scores")
         return models

@@ -8,16 +8,18 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from serving import traces
-from serving.access import Access, UnknownSigner
+from serving.access import Access, Denied, UnknownSigner
 from serving.audit import Audit, AuditError
+from serving.fleet import Fleet
 from serving.metrics import Metrics
+from serving.rates import Rates, RatesError
 from serving.settings import Settings
 from serving.traces import Traces
 
@@ -61,8 +63,12 @@ class Asked:
 class Gate:
     """Access, audit, metrics, traces and the log lines of a replica."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, fleet: Fleet | None = None) -> None:
         """Opens what the settings name.
+
+        Args:
+            settings: They.
+            fleet: The replicas of which this is one; None for one by itself.
 
         Raises:
             AccessError: The keys or the policy can't be used.
@@ -75,6 +81,8 @@ class Gate:
         self._traces = None if settings.traces is None else Traces(settings.traces)
         self._fetching: asyncio.Task[None] | None = None
         self.metrics = Metrics()
+        self.rates = Rates()
+        self.fleet = fleet or Fleet()
         self._start = secrets.token_hex(6)
         self._count = 0
 
@@ -181,7 +189,19 @@ class Gate:
                 if access.tokens is None or not await access.tokens.refresh():
                     raise
                 asker = access.allow(authorization, asked.action, asked.model)
+            if (rate := access.rate(asker.role)) is not None:
+                await self._take(asker.who, *rate)
             asked.who, asked.role = asker
+
+    async def _take(self, who: str, per_s: float, burst: int) -> None:
+        try:
+            wait_s = await self.rates.take(who, per_s, burst)
+        except RatesError as error:
+            reason = f"{error}; send it again"
+            raise Denied(503, reason, who=who, retry_after_s=1) from error
+        if wait_s:
+            reason = f"over {per_s:g} requests a second; slow down"
+            raise Denied(429, reason, who=who, retry_after_s=max(1, round(wait_s + 0.5)))
 
     def may(self, asked: Asked, action: str, model: str) -> bool:
         """Whether who was let in may also do this."""
@@ -249,7 +269,7 @@ class Gate:
                 log.error(f"no answer without its line in the audit log: {error}")
                 raise
 
-    def done(self, asked: Asked, status: int, served: Mapping[str, Any]) -> None:
+    def done(self, asked: Asked, status: int, served: Container[Any]) -> None:
         """Counts the request, and logs one that failed."""
         seconds = time.perf_counter() - asked.began
         # Any other name is the client's invention, and would grow the metrics without end.

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from functools import cache
 from typing import Any
 
-from serving import answers
+from serving import answers, overview
 from serving.answers import Answer, guarded
 from serving.gate import Asked, Gate
 from serving.replica import Models
@@ -187,7 +187,9 @@ def schema() -> Any:
         @staticmethod
         async def resolve_models(root: Any, info: Any) -> Any:
             asking: Asking = info.context
-            found = await asking.field("models", None, lambda _: answers.cards(asking.models))
+            found = await asking.field(
+                "models", None, lambda _: overview.cards(asking.models, asking.gate)
+            )
             return found["models"]
 
         @staticmethod
@@ -200,7 +202,7 @@ def schema() -> Any:
             async def work(asked: Asked) -> Answer:
                 most = asking.models.settings.limits.rows
                 read = answers.of_rows(require_rows(rows, max_rows=most))
-                return await answers.score(asking.models, asked, read, key=key)
+                return await answers.score(asking.models, asking.gate, asked, read, key=key)
 
             return await asking.field("score", model, work, {"rows": rows})
 

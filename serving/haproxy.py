@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -11,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster import ports
-from serving.settings import Listener
+from serving.settings import APPLICATION, Listener, ServingError
+
+# Of a machine; a replica takes one, and one that follows it another.
+_GRPC_PORTS = 100
 
 
 def environment(listener: Listener) -> dict[str, str]:
@@ -75,6 +79,7 @@ def _haproxy_environment(listener: Listener) -> dict[str, str]:
             },
             tls=None if listener.tls is None else asdict(listener.tls),
             pem=str(folder / "server.pem"),
+            application=APPLICATION,
         )
     )
     starter.chmod(0o700)
@@ -92,9 +97,10 @@ def _haproxy_environment(listener: Listener) -> dict[str, str]:
         # machine would answer for each other.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc_port),
+        **_grpc_ports(),
         # An HAProxy that was killed is replaced after three checks that fail; by itself Serve looks
-        # every 10 s.
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+        # every 10 s. A check asks HAProxy's control socket, which answers during a reload too.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
         # On a busy machine its start takes longer than the 5 s after which it would be killed.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
         # A replica that goes may close a connection just as a request comes; to ask again does no
@@ -103,6 +109,27 @@ def _haproxy_environment(listener: Listener) -> dict[str, str]:
         # Until HAProxy has learned that the replica goes; 30 s is for load balancers elsewhere.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     }
+
+
+def _grpc_ports() -> dict[str, str]:
+    """Ports for the replicas' gRPC that nobody listens on, in a range of this cluster's own.
+
+    Serve's servers of gRPC share a port with whoever listens there, so that replicas of two
+    clusters of a machine, which both begin at 40000, would answer for each other.
+    """
+    # Between those of Ray's workers and those that Linux gives to clients.
+    starts = list(range(20_000, 30_000, _GRPC_PORTS))
+    random.SystemRandom().shuffle(starts)
+    for start in starts:
+        wanted = range(start, start + _GRPC_PORTS)
+        if all(ports.is_free(port) for port in wanted):
+            return {
+                "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(wanted.start),
+                "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(wanted.stop),
+            }
+    raise ServingError(
+        f"no {_GRPC_PORTS} ports in a row are free from 20000 to 30000; end what listens there"
+    )
 
 
 # Linux ends the process with the thread that started it, which exec doesn't change.
@@ -118,6 +145,19 @@ _STARTER = textwrap.dedent(
         text = file.read()
     for port in {ports}:
         text = re.sub(rf"bind \\*?:{{port}}\\b", f"bind 127.0.0.1:{{port}}", text)
+    # With several applications, Serve has gRPC's clients name one; here one answers for all.
+    head = "frontend grpc_frontend\\n"
+    line = "    http-request set-header application {application}"
+    text = text.replace(head, head + line + " unless {{ req.hdr(application) -m found }}\\n", 1)
+    # One that has just started knows no replica yet: what is asked for isn't missing, but later.
+    if not re.search(r"^backend (http|grpc)-", text, re.M):
+        later, said = "return status 503 hdr Retry-After 1 content-type text/plain", "starting"
+        text = re.sub(r"return status 404 .*", f'{{later}} string "{{said}}"', text)
+        text = re.sub(
+            r'hdr grpc-status 5 hdr grpc-message "[^"]*"',
+            f'hdr grpc-status 14 hdr grpc-message "{{said}}"',
+            text,
+        )
     tls = {tls!r}
     if tls is not None:
         # HAProxy takes certificate and key from one file.

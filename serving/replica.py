@@ -1,4 +1,4 @@
-"""The champions in memory, kept as the registry has them, and smoke-tested on load.
+"""A replica's champions in memory, kept as the registry has them, and smoke-tested on load.
 
 Knows nothing of HTTP.
 """
@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from cluster.device import Device
 from models.encoding import Encoder
 from models.registry import Registry
 from models.registry_connection import RegistryError
 from models.registry_versions import Card
 from models.scoring import Scorer
 from serving.batching import Batcher
+from serving.device import CPU, placed
 from serving.online import StoreError, Stores
 from serving.schema import RowReader, smoke_rows
 from serving.settings import Rollout, Settings
@@ -49,24 +51,37 @@ class RefusedModel(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A loaded version and what stands in front of it."""
+    """A loaded version, where it scores, and what stands in front of it."""
 
     card: Card
+    device: Device
     scorer: Scorer
     reader: RowReader
     batcher: Batcher
 
 
 class Models:
-    """The models served."""
+    """The models of a replica.
 
-    def __init__(self, settings: Settings) -> None:
+    `elsewhere` has the names of those with replicas of their own, which answer for them.
+    """
+
+    def __init__(
+        self, settings: Settings, *, alone: str | None = None, device: Device = CPU
+    ) -> None:
         """Loads the champions.
+
+        Args:
+            settings: What is served.
+            alone: The model that this replica holds alone; None for those that share.
+            device: Where models score that can do so there.
 
         Raises:
             OSError: The registry or the store of features can't be read.
         """
         self.settings = settings
+        self.alone, self.device = alone, device
+        self.elsewhere: frozenset[str] = frozenset()
         self.registry = Registry(settings.registry)
         self.served: dict[str, Served] = {}
         # By model, where it is a canary or a shadow.
@@ -81,7 +96,7 @@ class Models:
         self._names_of: dict[str, str] = {}
         self._known: list[str] = []
         self._until_survey = 0
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time = threading.RLock()
         self._refresh()
 
     @property
@@ -115,25 +130,29 @@ class Models:
             OSError: The registry can't be read; then all stays as it was.
         """
         if settings.registry != self.settings.registry:
-            other = Models(settings)
+            other = Models(settings, alone=self.alone, device=self.device)
             with self._one_at_a_time:
+                self.elsewhere |= other.elsewhere
                 self.settings, self.registry = settings, other.registry
                 self.served, self.challengers = other.served, other.challengers
                 self.stores, self.texts = other.stores, other.texts
                 self._refused, self._names_of = other._refused, other._names_of
                 self._known, self._until_survey = other._known, other._until_survey
+                self.elsewhere = other.elsewhere
             return
         before, stores = self.settings, self.stores
         if settings.store != before.store:
             stores = _stores(settings)
-        self.settings = settings
-        try:
-            self._until_survey = 0
-            self._refresh()
-        except BaseException:
-            self.settings = before
-            raise
-        self.stores = stores
+        # Not in the middle of another look, which would end by other settings than it began with.
+        with self._one_at_a_time:
+            self.settings = settings
+            try:
+                self._until_survey = 0
+                self._refresh()
+            except BaseException:
+                self.settings = before
+                raise
+            self.stores = stores
 
     def _refresh(self) -> None:
         with self._one_at_a_time:
@@ -148,12 +167,16 @@ class Models:
                 self._follow(name, CHAMPION, self._answering(name, rollout))
                 challenger = self.registry.challenger(name) if rollout.challenged else None
                 self._follow(name, CHALLENGER, challenger)
-            # New dicts, never a change of one: requests read them in another thread.
+            # New dicts, never a change of one: requests read them in another thread. At each moment
+            # a model is in one of the first two, and one that is held is asked here.
+            self.elsewhere = frozenset(self.settings.alone if self.alone is None else ())
             self.served = _of(names, self.served)
             self.challengers = _of(names, self.challengers)
             self._refused = {key: why for key, why in self._refused.items() if key[0] in names}
             self._names_of = {
-                alias: name for name in names for alias in self.settings.rollout(name).aliases
+                alias: name
+                for name in (*names, *self.elsewhere)
+                for alias in self.settings.rollout(name).aliases
             }
 
     def _answering(self, name: str, rollout: Rollout) -> Card | None:
@@ -166,8 +189,9 @@ class Models:
             return None
 
     def _names(self) -> Sequence[str]:
-        if self.settings.models is not None:
-            return list(self.settings.models)
+        held = self.settings.held(self.alone)
+        if held is not None:
+            return held
         if self._until_survey == 0:
             # Reads every version there is, so not every time.
             self._until_survey = LOOKS_A_SURVEY
@@ -197,7 +221,8 @@ class Models:
             self._now(name, role, replace(held, card=card))
             return
         try:
-            _, scorer = self.registry.load(name, card.version)
+            _, loaded = self.registry.load(name, card.version)
+            scorer, device = placed(loaded, self.device)
             _smoke_test(scorer)
             quick = _is_quick(scorer)
             if role == CHALLENGER and name in self.served:
@@ -210,11 +235,13 @@ class Models:
                     other: each for other, each in self.challengers.items() if other != name
                 }
             return
+        log.info(f"model {name!r} version {card.version} scores on {device.kind}: {device.reason}")
         self._now(
             name,
             role,
             Served(
                 card=card,
+                device=device,
                 scorer=scorer,
                 reader=RowReader(scorer.encoder),
                 batcher=Batcher(scorer.predict, inline_rows=INLINE_ROWS if quick else 0),
@@ -238,12 +265,29 @@ class Models:
         if (name, role) in self._refused:
             self._refused = {key: why for key, why in self._refused.items() if key != (name, role)}
 
+    def __contains__(self, name: object) -> bool:
+        """Whether the model is served, here or elsewhere."""
+        return name in self.served or name in self.elsewhere
+
+    def away(self, name: str | None) -> bool:
+        """Whether replicas of its own answer for the model."""
+        return name in self.elsewhere and name not in self.served
+
     def name(self, asked: str) -> str:
         """The model that a client means by a name or an alias."""
         return self._names_of.get(asked, asked)
 
+    def require(self, name: str) -> None:
+        """The model is served.
+
+        Raises:
+            UnknownModel, RefusedModel: As `find`.
+        """
+        if name not in self:
+            self.find(name)
+
     def find(self, name: str) -> Served:
-        """The model.
+        """The model, held here.
 
         Raises:
             UnknownModel: It isn't served.
@@ -254,7 +298,8 @@ class Models:
             version, reason = self.refused[name]
             raise RefusedModel(f"model {name!r} version {version} was refused: {reason}")
         if served is None:
-            raise UnknownModel(f"no model {name!r} is served; there are {list(self.served)}")
+            there = sorted(self.served.keys() | self.elsewhere)
+            raise UnknownModel(f"no model {name!r} is served; there are {there}")
         return served
 
     def pick(self, name: str, key: bytes) -> Served:
@@ -280,11 +325,13 @@ class Models:
         return challenger if int.from_bytes(digest) < share * 2**64 else served
 
     def health(self) -> dict[str, Any]:
-        """What /healthz tells: "status" is "ready" or "not ready"."""
-        wanted = set(self.settings.models or ()) | self.served.keys() | self.refused.keys()
+        """What /healthz tells of this replica: "status" is "ready" or "not ready"."""
+        held = self.settings.held(self.alone)
+        wanted = set(held or ()) | self.served.keys() | self.refused.keys()
         absent = sorted(wanted - self.served.keys())
+        empty = not self.served and not self.elsewhere
         return {
-            "status": "not ready" if absent or not self.served else "ready",
+            "status": "not ready" if absent or empty else "ready",
             "models": {name: served.card.version for name, served in self.served.items()},
             "challengers": {name: each.card.version for name, each in self.challengers.items()},
             "not_loaded": absent,

@@ -8,10 +8,9 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 
-from serving import answers, arrow, customers, graphql, schema, texts
+from serving import answers, arrow, customers, graphql, overview, schema, texts
 from serving.answers import Answer, guarded
 from serving.gate import Asked, Gate
-from serving.metrics import MEDIA_TYPE as METRICS
 from serving.replica import Models
 from serving.settings import Limits
 
@@ -42,7 +41,7 @@ def application(models: Models, gate: Gate) -> Callable[[Scope, Receive, Send], 
     Scores are asked for by the thousand a second, and FastAPI's way to a route takes longer than
     the model: what the gate guards is answered here, and FastAPI has the documents and the rest.
     """
-    others = _fastapi(models)
+    others = _fastapi(models, gate)
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,7 +61,7 @@ def application(models: Models, gate: Gate) -> Callable[[Scope, Receive, Send], 
                 found = await graphql.answer(models, gate, asked, *sent, body)
             except Exception as error:
                 found = answers.refused(error, asked)
-            gate.done(asked, found.status, models.served)
+            gate.done(asked, found.status, models)
             await _send(send, found, asked.id)
             return
         if action is None:
@@ -108,25 +107,26 @@ async def _answered(
     limits = models.settings.limits
     match asked.action:
         case "score" if customer is not None:
-            models.find(asked.model or "")
+            models.require(asked.model or "")
             events, at = customers.parse(_within(asked, limits))
             return await answers.customer_score(models, gate, asked, customer, events, at)
         case "customers":
             return await answers.customer_page(models, gate, asked, customer or "")
         case "score":
-            models.find(asked.model or "")
+            models.require(asked.model or "")
             key, body = headers.get(ROUTING_KEY), _within(asked, limits)
             if _media_type(headers) == arrow.MEDIA_TYPE:
                 asked.way = "arrow"
-                return await answers.score_arrow(models, asked, body, key=key)
-            return await answers.score(models, asked, answers.of_json(models, body), key=key)
+                return await answers.score_arrow(models, gate, asked, body, key=key)
+            read = answers.of_json(models, body)
+            return await answers.score(models, gate, asked, read, key=key)
         case "explain":
-            models.find(asked.model or "")
+            models.require(asked.model or "")
             rows = schema.parse(_within(asked, limits), max_rows=limits.explained_rows)
             return await answers.explain(models, gate, asked, rows)
         case "models":
-            return await answers.cards(models)
-    return Answer(value=gate.metrics.text(models), media_type=METRICS)
+            return await overview.cards(models, gate)
+    return await overview.metrics(models, gate)
 
 
 async def _of_texts(models: Models, asked: Asked) -> Answer:
@@ -136,7 +136,7 @@ async def _of_texts(models: Models, asked: Asked) -> Answer:
     return await answers.sentiment(models, asked, said)
 
 
-def _fastapi(models: Models) -> FastAPI:
+def _fastapi(models: Models, gate: Gate) -> FastAPI:
     app = FastAPI(title="Liftyard", summary="Scores of the registry's champions", version="1")
     rows = {"requestBody": schema.REQUEST_BODY}
 
@@ -193,7 +193,7 @@ def _fastapi(models: Models) -> FastAPI:
     @app.get("/healthz")
     async def healthz() -> Response:
         """Whether every model is loaded, and which versions were refused."""
-        said = models.health()
+        said = await overview.health(models, gate)
         status = 200 if said["status"] == "ready" else 503
         return Response(_json(said), status_code=status, media_type="application/json")
 
@@ -206,7 +206,7 @@ def _watched(send: Send, gate: Gate, asked: Asked, models: Models) -> Send:
     async def watched(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             message["headers"] = [*message["headers"], (b"x-request-id", asked.id.encode())]
-            gate.done(asked, message["status"], models.served)
+            gate.done(asked, message["status"], models)
         await send(message)
 
     return watched

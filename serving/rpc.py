@@ -10,7 +10,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from serving import answers, customers
+from serving import answers, customers, overview
 from serving.answers import Answer, guarded
 from serving.gate import Asked, Gate
 from serving.replica import Models
@@ -60,7 +60,7 @@ class Rpcs:
                 read = answers.of_arrow(self.models, request.arrow)
             else:
                 read = answers.of_rows(require_rows(_rows(request.rows), max_rows=limits.rows))
-            return await answers.score(self.models, asked, read, key=routing)
+            return await answers.score(self.models, self.gate, asked, read, key=routing)
 
         found = await self._answered("score", request.model, request, grpc_context, work)
         return ScoreReply(**_value(found))
@@ -162,7 +162,7 @@ class Rpcs:
         from serving.protocol import liftyard_pb2
 
         found = await self._answered(
-            "models", None, request, grpc_context, lambda _: answers.cards(self.models)
+            "models", None, request, grpc_context, lambda _: overview.cards(self.models, self.gate)
         )
         shown = ("name", "version", "family", "aliases", "metrics")
         return liftyard_pb2.ModelsReply(

@@ -10,9 +10,25 @@ from pydantic import TypeAdapter
 
 from serving.access import AccessFiles
 
+# Serves the models that share replicas; each with replicas of its own has a further application.
+APPLICATION = "liftyard"
+
+
+def application(model: str | None) -> str:
+    """The name in Ray Serve of what holds the model alone; None for what the others share."""
+    return APPLICATION if model is None else f"{APPLICATION}-{model}"
+
 
 class ServingError(ValueError):
-    """Serving can't start or change as asked; the message says what to do."""
+    """Serving can't start or change as asked; the message says what to do.
+
+    Attributes:
+        key: Where `serve.yaml` says it, from the top down; empty where it doesn't.
+    """
+
+    def __init__(self, reason: str, *, key: tuple[str, ...] = ()) -> None:
+        super().__init__(reason)
+        self.key = key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +52,23 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """Which versions of a model are asked.
+    """Which versions of a model are asked, and whether by replicas of its own.
 
     Attributes:
         version: The one that answers; None for the champion, whichever that is.
         aliases: Other names that clients may ask by.
         canary: Share of the requests that the challenger answers, from 0 to 1.
         shadow: Whether the challenger also scores what the champion answers, for the shadow log.
+        replicas: How many hold this model alone; None shares those of the others.
+        gpus: GPUs of each of those; a share of one below 1.
     """
 
     version: int | None = None
     aliases: tuple[str, ...] = ()
     canary: float = 0.0
     shadow: bool = False
+    replicas: int | None = None
+    gpus: float = 0.0
 
     @property
     def challenged(self) -> bool:
@@ -102,6 +122,18 @@ class Settings:
     def rollout(self, name: str) -> Rollout:
         """The model's; every model is served by its champion where none are named."""
         return DEFAULT if self.models is None else self.models.get(name, DEFAULT)
+
+    @property
+    def alone(self) -> dict[str, Rollout]:
+        """The models with replicas of their own."""
+        named = self.models or {}
+        return {name: each for name, each in named.items() if each.replicas is not None}
+
+    def held(self, model: str | None) -> list[str] | None:
+        """The models of a replica: `model` alone, or those that share; None for every champion."""
+        if model is not None:
+            return [model]
+        return None if self.models is None else [n for n in self.models if n not in self.alone]
 
     def digest(self) -> str:
         """The same for the same settings; tells them apart without telling them."""
@@ -158,16 +190,31 @@ class Running:
     Attributes:
         settings: Its replicas'.
         listener: Where it is asked.
+        replicas: How many hold the models that share.
         cpus: CPUs of a replica.
+        gpus: GPUs of a replica of those that share; a share of one below 1.
         direct: Base URL that answers on the head's machine without TLS.
         code: Digest of the code that the replicas run.
     """
 
     settings: Settings
     listener: Listener
+    replicas: int = 1
     cpus: float
+    gpus: float = 0.0
     direct: str
     code: str
+
+    @property
+    def all(self) -> dict[str | None, int]:
+        """How many replicas there are by the model that they hold alone; None for the shared."""
+        alone = self.settings.alone.items()
+        return {None: self.replicas, **{name: each.replicas or 0 for name, each in alone}}
+
+    @property
+    def total(self) -> int:
+        """How many replicas there are in all."""
+        return sum(self.all.values())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Running":

@@ -92,9 +92,10 @@ class Shadow:
                     "challenger": scores_n.tolist(),
                 }
             file.parent.mkdir(parents=True, exist_ok=True)
-            # Opened each time, so that the file may be moved away.
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(line) + "\n")
+            # Opened each time, so that the file may be moved away; written at once, so that another
+            # replica's line doesn't come between.
+            with file.open("ab", buffering=0) as lines:
+                lines.write(json.dumps(line).encode() + b"\n")
             done = "scored"
         except Exception as error:
             # Whatever a model raises, the answer has gone out.

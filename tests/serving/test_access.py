@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from serving.access import Access, AccessFiles, Denied, add_key, revoke_key, rotate_key
 from serving.policy import AccessError, Policy, Role
+from serving.rates import Buckets
 
 
 def denied(access: Access, key: str | None, action: str, model: str | None = None) -> int:
@@ -33,12 +34,17 @@ def test_a_role_may_what_its_policy_says(tmp_path: Path) -> None:
     assert access.allow(f"Bearer {caller}", "score", "lapse_30d") == ("crm", "caller")
     assert denied(access, caller, "score", "churn") == 403
     assert denied(access, caller, "explain", "lapse_30d") == 403
-    for _ in range(2):
-        assert access.allow(f"Bearer {slow}", "score", "churn").who == "batch"
-    with pytest.raises(Denied) as caught:
-        access.allow(f"Bearer {slow}", "score", "churn")
-    assert caught.value.status == 429
-    assert 1 <= (caught.value.retry_after_s or 0) <= 101
+    assert access.allow(f"Bearer {slow}", "score", "churn") == ("batch", "slow")
+    assert (access.rate("caller"), access.rate("slow")) == (None, (0.01, 2))
+
+
+def test_a_bucket_is_each_askers_own_and_tells_how_long_to_wait() -> None:
+    buckets = Buckets()
+    asking = [("batch", 0.01, 2), ("crm", 0.01, 2), ("batch", 0.01, 2), ("batch", 0.01, 2)]
+    *let_in, wait_s = buckets.take(asking)
+    assert let_in == [0.0, 0.0, 0.0]
+    assert 0 < wait_s <= 100
+    assert buckets.take([("crm", 0.01, 2), ("fast", 1e9, 1), ("fast", 1e9, 1)]) == [0.0, 0.0, 0.0]
 
 
 NAMES = st.text("ab*", min_size=1, max_size=3)

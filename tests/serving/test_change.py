@@ -1,6 +1,7 @@
 """Versions and settings that change under load, on a real Ray Serve with TLS: no request fails."""
 
 import json
+import re
 import ssl
 import subprocess
 import threading
@@ -24,7 +25,7 @@ from models.registry import Registry
 from models.scoring import Scorer
 from serving import app
 from serving.access import AccessFiles, add_key
-from serving.settings import Limits, Listener, Rollout, Settings, Tls
+from serving.settings import APPLICATION, Limits, Listener, Rollout, Settings, Tls
 
 FRAME = pl.DataFrame({"spend": [1.5, None, -3.0, 8.0] * 20, "segment": ["a", None, "b", "a"] * 20})
 ENCODER = Encoder.fit(FRAME, FRAME.columns)
@@ -214,8 +215,8 @@ def test_no_request_fails_during_promotions_a_bad_version_and_a_rollback(ground:
         assert told["refused"]["lapse"]["version"] == bad
         assert "smoke test" in told["refused"]["lapse"]["reason"]
         metrics = httpx.get(f"{ground.direct}/metrics").text
-        line = f'liftyard_model_refused_version{{model="lapse",role="champion"}} {float(bad)}'
-        assert line in metrics.splitlines()
+        line = r'liftyard_model_refused_version\{model="lapse",replica="\w+",role="champion"\} '
+        assert re.search(f"^{line}{float(bad)}$", metrics, re.M)
         registry.rollback("lapse")
         eventually(lambda: not ground.health()["refused"])
         registry.rollback("lapse")
@@ -310,9 +311,9 @@ def test_a_shadow_scores_and_is_logged_and_never_answers_or_fails_one(ground: Gr
         body = {"rows": ROWS[:1] * 3}
         url = f"{ground.direct}/v1/models/lapse/score"
         assert client.post(url, json=body).json()["version"] == 1
-        failed = 'liftyard_shadow_requests_total{model="lapse",outcome="failed"} 1.0'
+        failed = r'liftyard_shadow_requests_total\{model="lapse",outcome="failed",.*\} 1\.0'
         metrics = f"{ground.direct}/metrics"
-        eventually(lambda: failed in client.get(metrics).text)
+        eventually(lambda: re.search(failed, client.get(metrics).text) is not None)
         narrow = Encoder.fit(FRAME, ["spend"])
         other = register(ground.registry, Scorer(encoder=narrow, predict=broken_predict))
         ground.registry.challenge("lapse", other)
@@ -353,5 +354,5 @@ def replicas() -> dict[str, int]:
     # Not above: its import warns, which `serving.app` keeps still.
     from ray import serve as engine
 
-    states = engine.status().applications[app.APPLICATION].deployments["Server"].replica_states
+    states = engine.status().applications[APPLICATION].deployments["Server"].replica_states
     return {str(state): count for state, count in states.items()}
