@@ -149,6 +149,11 @@ _STARTER = textwrap.dedent(
     head = "frontend grpc_frontend\\n"
     line = "    http-request set-header application {application}"
     text = text.replace(head, head + line + " unless {{ req.hdr(application) -m found }}\\n", 1)
+    # Else Serve watches for each client to go away while it waits, by two tasks a request, which
+    # takes longer than a score; the little that is asked here is better answered and put on record.
+    head = "frontend http_frontend\\n"
+    line = "    http-request set-header x-request-disconnect-disabled ?1"
+    text = text.replace(head, head + line + " if {{ path_beg /v1/ }}\\n", 1)
     # One that has just started knows no replica yet: what is asked for isn't missing, but later.
     if not re.search(r"^backend (http|grpc)-", text, re.M):
         later, said = "return status 503 hdr Retry-After 1 content-type text/plain", "starting"

@@ -233,7 +233,7 @@ async def _body(receive: Receive, most_bytes: int) -> bytes | None:
     """The request's body, or None where it is longer; then the rest isn't read.
 
     Raises:
-        RequestError: It takes too long to come.
+        RequestError: It takes too long to come, or the client has gone.
     """
     try:
         async with asyncio.timeout(BODY_S):
@@ -245,6 +245,9 @@ async def _body(receive: Receive, most_bytes: int) -> bytes | None:
                     message = await receive()
                     pieces += message.get("body", b"")
                 body = bytes(pieces)
+        if message["type"] == "http.disconnect":
+            reason = "the connection ended before the body did"
+            raise schema.RequestError([schema.Problem(reason=reason)], status=400)
     except TimeoutError as error:
         reason = f"the body hasn't come whole within {BODY_S:.0f} s; send it anew"
         raise schema.RequestError([schema.Problem(reason=reason)], status=408) from error

@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -109,3 +110,27 @@ def test_a_client_that_stops_halfway_is_answered_all_the_same(
     assert refusals(caplog) == [("tester", status)]
     assert json.loads(log.read_text().splitlines()[-1])["status"] == status
     audit.verify(log)
+
+
+def test_a_client_that_leaves_halfway_is_on_record(
+    http: httpx.Client, log: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = urlsplit(str(http.base_url)).port
+    head = (
+        f"POST {SCORE} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n"
+        f"authorization: {http.headers['authorization']}\r\n\r\n"
+    )
+    # What has come would be a whole body.
+    rows = json.dumps({"rows": lapse.FRAME[:1].to_dicts()}).encode()
+    assert len(rows) < 100
+    before = len(log.read_text().splitlines())
+    with caplog.at_level(logging.WARNING, "ray.serve"):
+        with socket.create_connection(("127.0.0.1", port or 0), timeout=30) as gone:
+            gone.sendall(head.encode() + rows)
+        deadline = time.monotonic() + 10
+        while not refusals(caplog):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert refusals(caplog) == [("tester", 400)]
+    (line,) = log.read_text().splitlines()[before:]
+    assert json.loads(line)["status"] == 400
