@@ -3,16 +3,16 @@
 import socket
 
 
-def is_free(port: int) -> bool:
-    """Whether nothing listens on the port, on any interface, at this moment."""
+def held(port: int, host: str = "") -> str | None:
+    """Why nobody could listen on the port now, or None; on any interface where `host` is empty."""
     with socket.socket() as probe:
         # Else a connection closed a minute ago counts as a listener.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
+            probe.bind((host, port))
+        except OSError as error:
+            return error.strerror
+    return None
 
 
 def free(count: int) -> list[int]:

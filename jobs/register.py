@@ -123,13 +123,10 @@ def register(
     valid_score = METRICS[metric].score(data.y_valid, chosen.valid_scores)
     if calibrate:
         chosen = _calibrated(chosen, data.y_valid, seed)
-    lost_p = importance.permutation(
-        chosen.predict(chosen.members),
-        matrices.x["validate"],
-        matrices.y["validate"],
-        seed=seed,
-    )
     predict = chosen.predict(chosen.members)
+    lost_p = importance.permutation(
+        predict, matrices.x["validate"], matrices.y["validate"], seed=seed
+    )
     if refit:
         chosen = replace(chosen, variant={**chosen.variant, "refit": refit})
         predict = chosen.predict(trained_again(chosen.members, data, fit=fit, seeds=refit))

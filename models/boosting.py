@@ -191,10 +191,11 @@ class _Growing:
         # Not on validation rows of one class, which the caller tells of.
         with suppress(MetricError):
             self._curve.append((self._done, self._metric.score(self._y_valid, scores_m)))
-        kept = {*sizes, _best(self._curve)} if self._patience else set(sizes)
+        best = _best(self._curve)
+        kept = {*sizes, best} if self._patience else set(sizes)
         self._seen = {k: v for k, v in self._seen.items() if k in kept} | {self._done: scores_m}
         if self._patience and self._done % STEP == 0 and self._curve:
-            self.stopped = self._done - _best(self._curve) >= self._patience
+            self.stopped = self._done - best >= self._patience
 
     def scores(self, rounds: int) -> np.ndarray:
         """Validation scores (m,) float64 of its first rounds, the bits of one prediction."""

@@ -1,9 +1,9 @@
 """What is refused before anything starts: versions, files, addresses and GPUs that aren't there."""
 
-import socket
 import ssl
 from typing import Any
 
+from cluster import ports
 from models.registry import Registry
 from models.registry_connection import RegistryError
 from serving.replica import champions
@@ -60,16 +60,10 @@ def require_address(host: str, port: int) -> None:
             f"can't listen on {host}:{port}: allowed are the hosts {HOSTS} (HAProxy reaches the "
             "replica by loopback) and the ports 1 to 65535"
         )
-    with socket.socket() as probe:
-        # Else a connection closed a minute ago counts as a listener.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ServingError(
-                f"can't listen on {host}:{port} ({error.strerror}); choose another port, or end "
-                "what holds it"
-            ) from error
+    if (why := ports.held(port, host)) is not None:
+        raise ServingError(
+            f"can't listen on {host}:{port} ({why}); choose another port, or end what holds it"
+        )
 
 
 def require_gpus(wanted: Running) -> None:

@@ -122,7 +122,7 @@ def _grpc_ports() -> dict[str, str]:
     random.SystemRandom().shuffle(starts)
     for start in starts:
         wanted = range(start, start + _GRPC_PORTS)
-        if all(ports.is_free(port) for port in wanted):
+        if not any(ports.held(port) for port in wanted):
             return {
                 "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(wanted.start),
                 "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(wanted.stop),
@@ -143,17 +143,19 @@ _STARTER = textwrap.dedent(
     path = sys.argv[sys.argv.index("-f") + 1]
     with open(path) as file:
         text = file.read()
+    def rule(frontend, line):
+        global text
+        head = f"frontend {{frontend}}\\n"
+        text = text.replace(head, f"{{head}}    {{line}}\\n", 1)
     for port in {ports}:
         text = re.sub(rf"bind \\*?:{{port}}\\b", f"bind 127.0.0.1:{{port}}", text)
     # With several applications, Serve has gRPC's clients name one; here one answers for all.
-    head = "frontend grpc_frontend\\n"
-    line = "    http-request set-header application {application}"
-    text = text.replace(head, head + line + " unless {{ req.hdr(application) -m found }}\\n", 1)
+    unless = "unless {{ req.hdr(application) -m found }}"
+    rule("grpc_frontend", f"http-request set-header application {application} {{unless}}")
     # Else Serve watches for each client to go away while it waits, by two tasks a request, which
     # takes longer than a score; the little that is asked here is better answered and put on record.
-    head = "frontend http_frontend\\n"
-    line = "    http-request set-header x-request-disconnect-disabled ?1"
-    text = text.replace(head, head + line + " if {{ path_beg /v1/ }}\\n", 1)
+    unwatched = "http-request set-header x-request-disconnect-disabled ?1 if {{ path_beg /v1/ }}"
+    rule("http_frontend", unwatched)
     # One that has just started knows no replica yet: what is asked for isn't missing, but later.
     if not re.search(r"^backend (http|grpc)-", text, re.M):
         later, said = "return status 503 hdr Retry-After 1 content-type text/plain", "starting"
@@ -172,11 +174,10 @@ _STARTER = textwrap.dedent(
                     pem.write(part.read().rstrip() + "\\n")
         for frontend, address in {listen}.items():
             protocol = "h2" if frontend == "grpc_frontend" else "http/1.1"
-            line = f"    bind {{address}} ssl crt {pem} ssl-min-ver TLSv1.2 alpn {{protocol}}"
+            line = f"bind {{address}} ssl crt {pem} ssl-min-ver TLSv1.2 alpn {{protocol}}"
             if tls["clients_ca"] is not None:
                 line += " ca-file " + tls["clients_ca"] + " verify required"
-            head = f"frontend {{frontend}}\\n"
-            text = text.replace(head, head + line + "\\n", 1)
+            rule(frontend, line)
     with open(path, "w") as file:
         file.write(text)
     os.execv({binary!r}, [{binary!r}, *sys.argv[1:]])

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
-from jobs.register import RegisterError, register
+from jobs.register import Registered, RegisterError, register
 from jobs.sweep import Outcome, train_pack
 from jobs.training_set import LABEL, SPLIT, FeatureColumn, Matrices, encode
 from models.families import FAMILIES, Fitted, TrainingData, Variant, packs
@@ -51,23 +52,34 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
     yield Registry(f"sqlite:///{tmp_path}/mlflow.db")
 
 
+@pytest.fixture
+def registered(
+    frame: pl.DataFrame, matrices: Matrices, registry: Registry, tmp_path: Path
+) -> Callable[..., Registered]:
+    """Registers the best of outcomes; further arguments are `register`'s."""
+    said = [FeatureColumn(name=name, description=name, unit="") for name in NAMES]
+
+    def registered(outcomes: Sequence[Outcome], **how: Any) -> Registered:
+        settings = {
+            "baseline_features": (), "data_version": "training/target@0", "seed": 1,
+            "git_revision": "0a1b2c3", "evaluation": tmp_path / "evaluation.json",
+        } | how  # fmt: skip
+        return register("target", outcomes, frame, matrices, said, registry, **settings)
+
+    return registered
+
+
 def test_the_best_together_beat_the_best_alone_and_score_as_they_were_tested(
     frame: pl.DataFrame,
     matrices: Matrices,
     outcomes: list[Outcome],
     registry: Registry,
-    tmp_path: Path,
+    registered: Callable[..., Registered],
 ) -> None:
-    said = [FeatureColumn(name=name, description=name, unit="") for name in NAMES]
     test_rows = frame.filter(pl.col(SPLIT) == "test")
     found = []
     for together, calibrate in ((0, False), (3, False), (3, True)):
-        done = register(
-            "target", outcomes, frame, matrices, said, registry,
-            baseline_features=["a"], data_version="training/target@0", seed=1,
-            git_revision="0a1b2c3", evaluation=tmp_path / "evaluation.json",
-            together=together, calibrate=calibrate,
-        )  # fmt: skip
+        done = registered(outcomes, baseline_features=["a"], together=together, calibrate=calibrate)
         card, scorer = registry.load("target", done.model_version)
         assert auc(matrices.y["test"], scorer.score(test_rows)) == done.test["auc"]
         assert (card.family, card.variant) == (done.family, done.variant)
@@ -89,29 +101,11 @@ def test_what_was_chosen_is_trained_once_more_on_all_rows(
     matrices: Matrices,
     outcomes: list[Outcome],
     registry: Registry,
-    tmp_path: Path,
+    registered: Callable[..., Registered],
 ) -> None:
-    said = [FeatureColumn(name=name, description=name, unit="") for name in NAMES]
-
     boosters = [outcome for outcome in outcomes if outcome.variant["family"] == "boosting"]
     done, again = (
-        register(
-            "target",
-            boosters,
-            frame,
-            matrices,
-            said,
-            registry,
-            baseline_features=(),
-            data_version="training/target@0",
-            seed=1,
-            git_revision="0a1b2c3",
-            evaluation=tmp_path / "evaluation.json",
-            together=2,
-            calibrate=True,
-            refit=seeds,
-        )
-        for seeds in (0, 2)
+        registered(boosters, together=2, calibrate=True, refit=seeds) for seeds in (0, 2)
     )
     # What validation decides, it decides before it trains anything.
     assert again.variant == {**done.variant, "refit": 2}
@@ -124,69 +118,46 @@ def test_what_was_chosen_is_trained_once_more_on_all_rows(
 
 
 def test_a_loss_as_the_metric(
-    frame: pl.DataFrame,
     matrices: Matrices,
     outcomes: list[Outcome],
-    registry: Registry,
-    tmp_path: Path,
+    registered: Callable[..., Registered],
 ) -> None:
-    said = [FeatureColumn(name=name, description=name, unit="") for name in NAMES]
     by_loss = [
         train_pack([each.variant], matrices.training_data, metric="log_loss")[0]
         for each in outcomes
     ]
-    settings = {
-        "baseline_features": (), "data_version": "training/target@0", "seed": 1,
-        "metric": "log_loss", "git_revision": "0a1b2c3", "evaluation": tmp_path / "evaluation.json",
-    }  # fmt: skip
-    done = register("target", by_loss, frame, matrices, said, registry, **settings)  # type: ignore[arg-type]
+    done = registered(by_loss, metric="log_loss")
     assert done.valid_score == max(each.score for each in by_loss if each.score is not None) < 0
     worst = [min(by_loss, key=lambda each: each.score or 0)]
-    again = register("target", worst, frame, matrices, said, registry, **settings)  # type: ignore[arg-type]
+    again = registered(worst, metric="log_loss")
     assert not again.promoted
     assert again.reason.startswith(f"test log loss {again.test['log_loss']:.4f} does not beat")
     assert again.test["log_loss"] > done.test["log_loss"]
 
 
 def test_a_model_that_is_too_slow_is_not_registered(
-    frame: pl.DataFrame,
-    matrices: Matrices,
     outcomes: list[Outcome],
-    registry: Registry,
-    tmp_path: Path,
+    registered: Callable[..., Registered],
 ) -> None:
-    said = [FeatureColumn(name=name, description=name, unit="") for name in NAMES]
     timed = [replace(each, metrics={"row_us": 10.0 - at}) for at, each in enumerate(outcomes)]
-    settings = {
-        "baseline_features": (), "data_version": "training/target@0", "seed": 1, "together": 4,
-        "git_revision": "0a1b2c3", "evaluation": tmp_path / "evaluation.json",
-    }  # fmt: skip
-    done = register("target", timed, frame, matrices, said, registry, slowest_us=7.0, **settings)  # type: ignore[arg-type]
+    done = registered(timed, slowest_us=7.0, together=4)
     assert done.variant == outcomes[3].variant
     with pytest.raises(RegisterError, match=r"within slowest_us 0.5; the quickest takes 7.00"):
-        register("target", timed, frame, matrices, said, registry, slowest_us=0.5, **settings)  # type: ignore[arg-type]
+        registered(timed, slowest_us=0.5, together=4)
 
 
 def test_what_was_stopped_early_is_not_registered(
-    frame: pl.DataFrame,
-    matrices: Matrices,
     outcomes: list[Outcome],
-    registry: Registry,
-    tmp_path: Path,
+    registered: Callable[..., Registered],
 ) -> None:
-    said = [FeatureColumn(name=name, description=name, unit="") for name in NAMES]
     stopped = [replace(each, pruned_at=5) for each in outcomes]
-    settings = {
-        "baseline_features": (), "data_version": "training/target@0", "seed": 1,
-        "git_revision": "0a1b2c3", "evaluation": tmp_path / "evaluation.json",
-    }  # fmt: skip
     best = next(at for at, each in enumerate(outcomes) if each.variant == VARIANTS[0])
     stopped[best] = outcomes[best]
-    done = register("target", stopped, frame, matrices, said, registry, together=5, **settings)  # type: ignore[arg-type]
+    done = registered(stopped, together=5)
     assert (done.family, done.pruned) == ("logistic", 3)
     failed = [replace(each, score=None, error="ValueError: no") for each in outcomes]
     with pytest.raises(RegisterError, match="all 4 variants failed"):
-        register("target", failed, frame, matrices, said, registry, **settings)  # type: ignore[arg-type]
+        registered(failed)
 
 
 @dataclass(frozen=True)
@@ -204,7 +175,7 @@ def test_a_stack_is_registered_where_validation_says_so(
     matrices: Matrices,
     outcomes: list[Outcome],
     registry: Registry,
-    tmp_path: Path,
+    registered: Callable[..., Registered],
 ) -> None:
     def squeezed(variants: Sequence[Variant], data: TrainingData) -> list[Fitted]:
         first, *others = [FAMILIES[v["family"]]([v], data)[0] for v in variants]
@@ -216,11 +187,7 @@ def test_a_stack_is_registered_where_validation_says_so(
             ),
         ]
 
-    done = register(
-        "target", outcomes, frame, matrices, [FeatureColumn(name=n, description=n, unit="")
-        for n in NAMES], registry, baseline_features=[], data_version="training/target@0", seed=1,
-        git_revision="0a1b2c3", evaluation=tmp_path / "evaluation.json", together=4, fit=squeezed,
-    )  # fmt: skip
+    done = registered(outcomes, together=4, fit=squeezed)
     assert done.family == "ensemble" and done.variant["offset"] > 0
     assert min(member["weight"] for member in done.variant["members"]) > 0
     _, scorer = registry.load("target", done.model_version)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 
-from cluster import device, session
+from cluster import device
 from jobs import sweep
 from models.families import TrainingData
+from tests.one_gpu import connected
 
 VARIANT = {"family": "boosting", "rounds": 5, "depth": 2}
 
@@ -24,18 +24,8 @@ def data() -> TrainingData:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_gpu() -> Iterator[None]:
-    session.authenticate(make=True)
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        _node_ip_address=session.loopback(),
-    )
-    yield
-    ray.shutdown()
+    with connected():
+        yield
 
 
 @pytest.mark.parametrize(

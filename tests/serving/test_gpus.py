@@ -7,33 +7,23 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import ray
 
-from cluster import ports, session
+from cluster import ports
 from cluster.device import choose
 from models.on_gpu import on_gpu
 from models.scoring import Scorer
 from serving import app, device
 from serving.settings import Limits, Listener, Rollout, Settings
+from tests.one_gpu import connected
 from tests.serving import lapse
 from tests.serving.test_app import ROWS, TRAINING, trained
 
 
 @pytest.fixture
 def one_gpu() -> Iterator[None]:
-    session.authenticate(make=True)
-    ray.init(
-        address="local",
-        num_cpus=2,
-        num_gpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        _node_ip_address=session.loopback(),
-    )
-    yield
-    app.stop()
-    ray.shutdown()
+    with connected():
+        yield
+        app.stop()
 
 
 def test_replicas_share_a_gpu_and_tell_what_they_score_on(one_gpu: None, tmp_path: Path) -> None:
