@@ -29,6 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import polars as pl
 
 from benchmarks import serving_peers
@@ -77,7 +78,7 @@ def run(seconds: float, rounds: int, peers: bool) -> dict[str, Any]:
         path = f"/v1/models/{MODEL}/score"
         bodies = [json.dumps({"rows": [row]}).encode() for row in rows]
         singles = [request(path, body, "json") for body in bodies]
-        expected = [json.dumps([score])[1:-1].encode() for score in scores]
+        expected = [msgspec.json.encode(score) for score in scores]
         noops = [request("/noop", body, "json") for body in bodies]
         parts = [stream(frame[at : at + BATCH_ROWS]) for at in range(0, 2_000, BATCH_ROWS)]
         batches = [request(path, part, "arrow") for part in parts]

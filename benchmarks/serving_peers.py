@@ -101,7 +101,7 @@ def measure(
         singles: Our requests, one a row.
         expected: What the answers to these hold.
     """
-    from models.registry import Registry
+    from mlflow import MlflowClient
 
     found: dict[str, Any] = {}
     own_bodies = [json.dumps({"rows": [row]}).encode() for row in frame.to_dicts()]
@@ -114,8 +114,7 @@ def measure(
     scored = [request("/score", body, "json") for body in own_bodies]
     names = ("default", "fastapi", "mlflow", "bentoml", "litserve")
     port = dict(zip(names, ports.free(len(names)), strict=True))
-    client = Registry(uri)._client
-    model = client.get_model_version(MODEL, "1").source
+    model = MlflowClient(registry_uri=uri).get_model_version(MODEL, "1").source
     commands: dict[str, tuple[list[str] | str, Sequence[bytes], Sequence[bytes] | None]] = {
         "default": (own("default", uri, port["default"]), singles, expected),
         "fastapi": (own("fastapi", uri, port["fastapi"]), scored, expected),

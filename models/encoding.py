@@ -145,13 +145,14 @@ class Encoder:
             raise EncodingError(
                 f"a row has no {error.args[0]!r}; give every column: {self.feature_names}"
             ) from error
-        return self.transform_values(values)
+        with np.errstate(over="ignore"):
+            return self.transform_values(values)
 
     def transform_values(self, rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
         """The same of rows that are tuples of values in the order of the columns.
 
         Args:
-            rows: As for `transform_rows`, but for the names.
+            rows: As for `transform_rows`, but for the names. NumPy warns of a number past float32.
 
         Returns:
             (n, p) float32, C-contiguous.
@@ -165,10 +166,8 @@ class Encoder:
             for position, codes in self._texts:
                 for row in values:
                     row[position] = codes.get(row[position])  # type: ignore[index]
-        # Through float64, as a frame of Float64 columns; None becomes NaN.
-        x_np = np.array(values, dtype=np.float64).reshape(len(rows), len(self.columns))
-        with np.errstate(over="ignore"):
-            return x_np.astype(np.float32)
+        # By way of float64, as a frame of Float64 columns; None becomes NaN.
+        return np.array(values, dtype=np.float32).reshape(len(rows), len(self.columns))
 
     @cached_property
     def _taker(self) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:

@@ -111,12 +111,18 @@ class Batcher:
                         future.set_exception(error)
                 continue
             self._called = (began, time.time_ns())
+            good = np.isfinite(scores).all()
             at = 0
             for x, future in batch:
-                # A client that went away has cancelled its own.
-                if not future.done():
-                    future.set_result(scores[at : at + len(x)])
+                part = scores[at : at + len(x)]
                 at += len(x)
+                # A client that went away has cancelled its own.
+                if future.done():
+                    continue
+                if good or np.isfinite(part).all():
+                    future.set_result(part)
+                else:
+                    future.set_exception(RuntimeError(f"the model gave {part}, not numbers"))
             # Those answered go first, and bring the next ones.
             await asyncio.sleep(0)
         self._work = None

@@ -33,7 +33,7 @@ T = TypeVar("T")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Asked:
     """One request as the gate sees it.
 

@@ -93,6 +93,9 @@ def _haproxy_environment(listener: Listener) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # Replicas count requests for Ray's own metrics; else HAProxy writes a line of each, which a
+        # process beside it reads, in a fifth of the time that all take for an empty answer.
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         # Where HAProxy sends what its replica doesn't take: on one fixed port, two clusters of a
         # machine would answer for each other.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
@@ -156,6 +159,10 @@ _STARTER = textwrap.dedent(
     # takes longer than a score; the little that is asked here is better answered and put on record.
     unwatched = "http-request set-header x-request-disconnect-disabled ?1 if {{ path_beg /v1/ }}"
     rule("http_frontend", unwatched)
+    # A request has its id before a replica is asked, and keeps it where a second one is.
+    good = "{{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._-]{{1,64}}$ }}"
+    for frontend in ("http_frontend", "grpc_frontend"):
+        rule(frontend, f"http-request set-header x-request-id %[uuid()] unless {{good}}")
     # One that has just started knows no replica yet: what is asked for isn't missing, but later.
     if not re.search(r"^backend (http|grpc)-", text, re.M):
         later, said = "return status 503 hdr Retry-After 1 content-type text/plain", "starting"

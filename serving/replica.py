@@ -38,7 +38,8 @@ LOOKS_A_SURVEY = 10
 INLINE_ROWS = 64
 INLINE_S = 0.002
 
-log = logging.getLogger("ray.serve")
+log = logging.getLogger("ray.serve.liftyard")
+log.setLevel(logging.INFO)
 
 
 class UnknownModel(ValueError):

@@ -1,16 +1,16 @@
 """The routes over HTTP: what comes in, read and checked; what goes out, as JSON or Arrow."""
 
-import asyncio
-import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Response
 
 from serving import answers, arrow, customers, graphql, overview, schema, texts
 from serving.answers import Answer, guarded
 from serving.gate import Asked, Gate
+from serving.patience import Patience
 from serving.replica import Models
 from serving.settings import Limits
 
@@ -41,7 +41,14 @@ def application(models: Models, gate: Gate) -> Callable[[Scope, Receive, Send], 
     Scores are asked for by the thousand a second, and FastAPI's way to a route takes longer than
     the model: what the gate guards is answered here, and FastAPI has the documents and the rest.
     """
-    others = _fastapi(models, gate)
+    others, patience = _fastapi(models, gate), Patience(BODY_S)
+
+    async def read(receive: Receive, most_bytes: int) -> bytes | None:
+        try:
+            return await patience.wait(_body(receive, most_bytes))
+        except TimeoutError as error:
+            reason = f"the body hasn't come whole within {BODY_S:.0f} s; send it anew"
+            raise schema.RequestError([schema.Problem(reason=reason)], status=408) from error
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,7 +64,7 @@ def application(models: Models, gate: Gate) -> Callable[[Scope, Receive, Send], 
             sent = _text(headers, b"authorization"), _text(headers, DEADLINE)
             try:
                 most = min(models.settings.limits.body_bytes, graphql.MOST_BYTES)
-                body = await _body(receive, most)
+                body = await read(receive, most)
                 found = await graphql.answer(models, gate, asked, *sent, body)
             except Exception as error:
                 found = answers.refused(error, asked)
@@ -69,7 +76,7 @@ def application(models: Models, gate: Gate) -> Callable[[Scope, Receive, Send], 
             return
 
         async def work() -> Answer:
-            asked.body = await _body(receive, models.settings.limits.body_bytes)
+            asked.body = await read(receive, models.settings.limits.body_bytes)
             if scope["path"] in _TEXTS:
                 return await _of_texts(models, asked)
             return await _answered(models, gate, asked, headers, customer)
@@ -233,24 +240,19 @@ async def _body(receive: Receive, most_bytes: int) -> bytes | None:
     """The request's body, or None where it is longer; then the rest isn't read.
 
     Raises:
-        RequestError: It takes too long to come, or the client has gone.
+        RequestError: The client has gone.
     """
-    try:
-        async with asyncio.timeout(BODY_S):
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    if message.get("more_body", False):
+        pieces = bytearray(body)
+        while message.get("more_body", False) and len(pieces) <= most_bytes:
             message = await receive()
-            body: bytes = message.get("body", b"")
-            if message.get("more_body", False):
-                pieces = bytearray(body)
-                while message.get("more_body", False) and len(pieces) <= most_bytes:
-                    message = await receive()
-                    pieces += message.get("body", b"")
-                body = bytes(pieces)
-        if message["type"] == "http.disconnect":
-            reason = "the connection ended before the body did"
-            raise schema.RequestError([schema.Problem(reason=reason)], status=400)
-    except TimeoutError as error:
-        reason = f"the body hasn't come whole within {BODY_S:.0f} s; send it anew"
-        raise schema.RequestError([schema.Problem(reason=reason)], status=408) from error
+            pieces += message.get("body", b"")
+        body = bytes(pieces)
+    if message["type"] == "http.disconnect":
+        reason = "the connection ended before the body did"
+        raise schema.RequestError([schema.Problem(reason=reason)], status=400)
     return body if len(body) <= most_bytes else None
 
 
@@ -269,8 +271,8 @@ async def _send(send: Send, answer: Answer, request_id: str) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+_encoder = msgspec.json.Encoder()
 
 
 def _json(value: Any) -> bytes:
-    return _encoder.encode(value).encode()
+    return _encoder.encode(value)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -160,10 +160,7 @@ class RowReader:
         except (msgspec.MsgspecError, RecursionError):
             rows = []
         if 0 < len(rows) <= max_rows:
-            x_np = self._encoder.transform_values([msgspec.structs.astuple(row) for row in rows])
-            # A number past float32; others that aren't finite are no JSON.
-            if not np.isinf(x_np).any():
-                return x_np
+            return self._encoder.transform_values([msgspec.structs.astuple(row) for row in rows])
         return self.matrix(parse(body, max_rows=max_rows))
 
     def matrix(self, rows: Sequence[Any]) -> np.ndarray:
@@ -208,7 +205,8 @@ class RowReader:
 
 def _decoder(encoder: Encoder) -> Any:
     """Reads a body into objects with the model's fields, in the order of its columns."""
-    types = {"number": float | None, "boolean": bool | None, "string": str | None}
+    number = Annotated[float, msgspec.Meta(ge=-LARGEST, le=LARGEST)]
+    types = {"number": number | None, "boolean": bool | None, "string": str | None}
     # Names of features may be no names of Python.
     names = {f"f{at}": column.name for at, column in enumerate(encoder.columns)}
     row: Any = msgspec.defstruct(

@@ -72,5 +72,16 @@ def test_a_call_that_fails_is_told_to_all_in_it_and_the_next_goes_on() -> None:
     asyncio.run(ask())
 
 
+def test_a_row_without_a_number_fails_alone() -> None:
+    async def ask() -> None:
+        batcher = Batcher(lambda x: x[:, 0].astype(np.float64))
+        bad, good = await asyncio.gather(
+            batcher.score(rows(np.nan)), batcher.score(rows(1)), return_exceptions=True
+        )
+        assert isinstance(bad, RuntimeError) and good.tolist() == [1.0]
+
+    asyncio.run(ask())
+
+
 def rows(*values: float) -> np.ndarray:
     return np.array(values, dtype=np.float32)[:, None]

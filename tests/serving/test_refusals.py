@@ -41,8 +41,10 @@ def http(log: Path) -> Iterator[httpx.Client]:
         access=AccessFiles(keys=str(keys), audit=str(log)),
     )
     headers = {"authorization": f"Bearer {key}"}
-    with listening(chosen) as (url, _), httpx.Client(base_url=url, headers=headers) as http:
-        yield http
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routes, "BODY_S", 0.5)
+        with listening(chosen) as (url, _), httpx.Client(base_url=url, headers=headers) as http:
+            yield http
 
 
 def refusals(caplog: pytest.LogCaptureFixture) -> list[tuple[str, int]]:
@@ -90,11 +92,9 @@ def test_a_client_that_stops_halfway_is_answered_all_the_same(
     http: httpx.Client,
     log: Path,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
     deadline: str,
     status: int,
 ) -> None:
-    monkeypatch.setattr(routes, "BODY_S", 0.5)
     port = urlsplit(str(http.base_url)).port
     head = (
         f"POST {SCORE} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n{deadline}"
