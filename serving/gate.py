@@ -30,7 +30,9 @@ LARGE_BYTES = 2**18
 
 T = TypeVar("T")
 
-_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+# What a client may call its request, in full; anything else is given a new id.
+REQUEST_ID = "[A-Za-z0-9._-]{1,64}"
+_ID = re.compile(REQUEST_ID.encode())
 
 
 @dataclass(kw_only=True, slots=True)

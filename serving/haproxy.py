@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import ports
+from serving.gate import REQUEST_ID
 from serving.settings import APPLICATION, Listener, ServingError
 
 # Of a machine; a replica takes one, and one that follows it another.
@@ -25,9 +26,15 @@ def environment(listener: Listener) -> dict[str, str]:
 
     HAProxy takes the place of Serve's Python proxy and talks to the replica directly. The
     throughput setting runs our code in the replica's own event loop (so scoring goes to threads)
-    and buffers its log lines until an error. Both were read in ray 2.60's serve/_private.
+    and buffers its log lines until an error. Without HAProxy's metrics, replicas count requests for
+    Ray's own, which else a process does that reads a line of each from HAProxy. All were read in
+    ray 2.60's serve/_private.
     """
-    wanted = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+    wanted = {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    }
     if not _beside_head():
         return {name: os.environ.get(name, value) for name, value in wanted.items()}
     wanted |= _haproxy_environment(listener)
@@ -80,6 +87,7 @@ def _haproxy_environment(listener: Listener) -> dict[str, str]:
             tls=None if listener.tls is None else asdict(listener.tls),
             pem=str(folder / "server.pem"),
             application=APPLICATION,
+            request_id=REQUEST_ID,
         )
     )
     starter.chmod(0o700)
@@ -93,9 +101,6 @@ def _haproxy_environment(listener: Listener) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        # Replicas count requests for Ray's own metrics; else HAProxy writes a line of each, which a
-        # process beside it reads, in a fifth of the time that all take for an empty answer.
-        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         # Where HAProxy sends what its replica doesn't take: on one fixed port, two clusters of a
         # machine would answer for each other.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
@@ -160,7 +165,7 @@ _STARTER = textwrap.dedent(
     unwatched = "http-request set-header x-request-disconnect-disabled ?1 if {{ path_beg /v1/ }}"
     rule("http_frontend", unwatched)
     # A request has its id before a replica is asked, and keeps it where a second one is.
-    good = "{{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._-]{{1,64}}$ }}"
+    good = "{{ req.hdr(x-request-id) -m reg ^" + {request_id!r} + "$ }}"
     for frontend in ("http_frontend", "grpc_frontend"):
         rule(frontend, f"http-request set-header x-request-id %[uuid()] unless {{good}}")
     # One that has just started knows no replica yet: what is asked for isn't missing, but later.
