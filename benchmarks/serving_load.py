@@ -29,22 +29,30 @@ class Load:
     answers: int
     errors: int
     wrong: int
+    # Connections that the server closed by the book, with an answer, and that were opened again.
+    closed: int
 
 
 class _Client(asyncio.Protocol):
-    """One connection that asks again as soon as it has its answer."""
+    """Asks again as soon as it has its answer, over one connection while the server keeps it."""
 
     def __init__(
-        self, requests: Sequence[bytes], expected: Sequence[bytes] | None, at: int
+        self, port: int, requests: Sequence[bytes], expected: Sequence[bytes] | None, at: int
     ) -> None:
-        self.requests, self.expected, self.at = requests, expected, at
+        self.port, self.requests, self.expected, self.at = port, requests, expected, at
         self.seconds: list[float] = []
         self.ended: list[float] = []
-        self.errors = self.wrong = 0
+        self.errors = self.wrong = self.closed = 0
         self.stopped = False
         self._buffer = bytearray()
         self._transport: Any = None
         self._began = 0.0
+        self._connecting: asyncio.Task[None] | None = None
+
+    async def connect(self) -> None:
+        """Opens the connection, and asks."""
+        loop = asyncio.get_running_loop()
+        await loop.create_connection(lambda: self, "127.0.0.1", self.port)
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
@@ -78,11 +86,20 @@ class _Client(asyncio.Protocol):
             self.errors += 1
         elif self.expected is not None and self.expected[self.at] not in body:
             self.wrong += 1
-        if not self.stopped:
+        if self.stopped:
+            return
+        if b"connection: close" in head:
+            # HAProxy says so with the last answer of a process that a reload replaces.
+            self.closed += 1
+            self._transport.abort()
+            self._transport = None
+            self._connecting = asyncio.get_running_loop().create_task(self.connect())
+        else:
             self._ask()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self.stopped:
+        # One that went before its answer came; not one that the client itself gave up.
+        if self._transport is not None and not self.stopped:
             self.errors += 1
 
 
@@ -96,10 +113,9 @@ def _load(
     import uvloop
 
     async def run() -> Load:
-        loop = asyncio.get_running_loop()
-        made = [_Client(requests, expected, at * 7) for at in range(clients)]
+        made = [_Client(port, requests, expected, at * 7) for at in range(clients)]
         for client in made:
-            await loop.create_connection(lambda client=client: client, "127.0.0.1", port)
+            await client.connect()
         # A tenth to warm up, then what ends within the time counts.
         await asyncio.sleep(seconds / 10)
         began = time.perf_counter()
@@ -121,6 +137,7 @@ def _load(
             answers=sum(len(client.seconds) for client in made),
             errors=sum(client.errors for client in made),
             wrong=sum(client.wrong for client in made),
+            closed=sum(client.closed for client in made),
         )
 
     return uvloop.run(run())
@@ -179,4 +196,5 @@ def summary(loads: Sequence[Load]) -> dict[str, Any]:
         "answers": sum(load.answers for load in loads),
         "errors": sum(load.errors for load in loads),
         "wrong": sum(load.wrong for load in loads),
+        "closed": sum(load.closed for load in loads),
     }
