@@ -47,12 +47,19 @@ class _Client(asyncio.Protocol):
         self._buffer = bytearray()
         self._transport: Any = None
         self._began = 0.0
+        # Held, since the loop holds its tasks weakly.
         self._connecting: asyncio.Task[None] | None = None
 
     async def connect(self) -> None:
         """Opens the connection, and asks."""
         loop = asyncio.get_running_loop()
         await loop.create_connection(lambda: self, "127.0.0.1", self.port)
+
+    async def _connect_again(self) -> None:
+        try:
+            await self.connect()
+        except OSError:
+            self.errors += 1
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
@@ -93,7 +100,7 @@ class _Client(asyncio.Protocol):
             self.closed += 1
             self._transport.abort()
             self._transport = None
-            self._connecting = asyncio.get_running_loop().create_task(self.connect())
+            self._connecting = asyncio.get_running_loop().create_task(self._connect_again())
         else:
             self._ask()
 
